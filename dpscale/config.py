@@ -1,0 +1,359 @@
+"""RunConfig: one TOML file, read into frozen pydantic models, with `section.key=value` overrides. Imports no jax."""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dpscale.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction01 = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class RunSection(Section):
+    name: str = Field("run", min_length=1, description="names the run directory runs/NAME and the plots")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of public things: the initial weights")
+
+    @model_validator(mode="after")
+    def _one_path_component(self):
+        if self.name in (".", "..") or any(c in self.name for c in "/\\\0\n"):
+            raise ValueError(
+                f"run.name={self.name!r} is a path: give one name without slashes, and --run-dir for a place"
+            )
+        return self
+
+
+class DataSection(Section):
+    train: str = Field("", description='"mnist5k/train", "digits/train", or a path to .npz, .npy or a folder')
+    validation: str | None = Field(None, description="held-out examples, in the same forms as data.train")
+    validation_is: Literal["public", "private"] | None = Field(
+        None,
+        description="whether held-out metrics may be shared; must be said where data.validation is given",
+    )
+    features_key: str = Field("features", description="name of the features' array in an .npz file or folder")
+    labels_key: str = Field("labels", description="name of the labels' array in an .npz file or folder")
+    num_classes: PositiveInt | None = Field(
+        None, description="number of classes; a constant that you know, never counted from private labels"
+    )
+    residence: Literal["host", "device"] = Field(
+        "host", description='"device" keeps the whole data set in device memory'
+    )
+    num_threads: PositiveInt = Field(4, description="threads that read and assemble batches")
+    mean: list[float] | None = Field(
+        None, description="subtracted after scaling to [0, 1]; a public constant"
+    )
+    std: list[Positive] | None = Field(
+        None, description="divides after subtracting data.mean; a public constant"
+    )
+    random_flip: bool = Field(False, description="mirror images left-right with probability 1/2")
+    random_crop_padding: int = Field(
+        0, ge=0, description="pad by this many pixels and crop back at a random place"
+    )
+
+    @model_validator(mode="after")
+    def _held_out(self):
+        if self.validation and self.validation_is is None:
+            raise ValueError(
+                "data.validation is given but data.validation_is is not: the guarantee covers training records only, "
+                'so say validation_is = "public" (metrics may be shared) or "private" (they stay sensitive)'
+            )
+        return self
+
+
+class ModelSection(BaseModel):
+    """`name` chooses the model; every other key goes to it and is checked against its own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field("cnn", description="mlp, cnn, cnn_groupnorm, vit, .. (other keys are the model's own)")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The model's own keys."""
+        return dict(self.model_extra or {})
+
+
+class OptimizerSection(Section):
+    name: Literal["sgd", "adam", "adamw", "lamb"] = Field("sgd", description="the optax optimizer")
+    learning_rate: Positive = Field(0.1, description="peak learning rate")
+    momentum: Fraction01 | None = Field(None, description="sgd only")
+    nesterov: bool | None = Field(None, description="sgd only")
+    beta1: Fraction01 | None = Field(None, description="adam, adamw, lamb; default 0.9")
+    beta2: Fraction01 | None = Field(None, description="adam, adamw, lamb; default 0.999")
+    eps: Positive | None = Field(None, description="adam, adamw: 1e-8; lamb: 1e-6")
+    weight_decay: NonNegative | None = Field(
+        None, description="adamw, lamb: decoupled from the clipped gradient"
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="from the peak down to final_fraction of it at the last step"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0 to the peak")
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="last learning rate as a fraction of the peak (cosine, linear)"
+    )
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_optimizer(self):
+        owners = {
+            "momentum": ("sgd",),
+            "nesterov": ("sgd",),
+            "beta1": ("adam", "adamw", "lamb"),
+            "beta2": ("adam", "adamw", "lamb"),
+            "eps": ("adam", "adamw", "lamb"),
+            "weight_decay": ("adamw", "lamb"),
+        }
+        for option, names in owners.items():
+            if getattr(self, option) is not None and self.name not in names:
+                raise ValueError(
+                    f"optimizer.{option} is given but optimizer.name={self.name!r} has no such option: it belongs to "
+                    f"{', '.join(names)}"
+                )
+        return self
+
+
+class TrainingSection(Section):
+    steps: PositiveInt | None = Field(None, description="logical steps; or give epochs")
+    epochs: Positive | None = Field(None, description="steps = ceil(epochs / sampling rate)")
+    evaluate_every_steps: int = Field(0, ge=0, description="held-out evaluation; 0: at the end only")
+    label_smoothing: Fraction01 = Field(0.0, description="in the classification loss")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.steps is None) == (self.epochs is None):
+            seen = "neither is" if self.steps is None else "both are"
+            raise ValueError(f"training.steps or training.epochs: {seen} given; give exactly one")
+        return self
+
+
+class PrivacySection(Section):
+    enabled: bool = Field(True, description="false: the same loop without clipping and noise, for comparison")
+    epsilon: Positive | None = Field(
+        None, description="allowed at the planned end; the noise is calibrated to it"
+    )
+    noise_multiplier: NonNegative | None = Field(
+        None, description="noise std / sensitivity; instead of epsilon"
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="required when enabled")
+    clip_norm: Positive = Field(1.0, description="bound on each example's gradient norm")
+    expected_batch_size: Positive | None = Field(
+        None, description="expected logical batch: q = this / number of examples; also the public divisor"
+    )
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="q, instead of expected_batch_size"
+    )
+    max_batch_size: PositiveInt | None = Field(
+        None,
+        description="truncated Poisson sampling: larger draws are cut to a uniform subset, and accounted so",
+    )
+    unit: str = Field("example", min_length=1, description="what one record is: printed with every guarantee")
+    neighboring_relation: Literal["zero_out", "add_or_remove", "replace_one"] = Field(
+        "zero_out", description="which data sets are neighbours; zero_out keeps the number of examples public"
+    )
+    accountant: Literal["pld", "rdp"] = Field("pld", description="pld is tighter; rdp is faster")
+    insecure_seed: int | None = Field(
+        None, description="tests and benchmarks only: a fixed secret, hence NO privacy guarantee"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self):
+        if (self.expected_batch_size is None) == (self.sampling_rate is None):
+            seen = "neither is" if self.sampling_rate is None else "both are"
+            raise ValueError(
+                f"privacy.expected_batch_size or privacy.sampling_rate: {seen} given; give exactly one"
+            )
+        if not self.enabled:
+            return self
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            seen = "neither is" if self.epsilon is None else "both are"
+            raise ValueError(f"privacy.epsilon or privacy.noise_multiplier: {seen} given; give exactly one")
+        if self.delta is None:
+            raise ValueError(
+                "privacy.delta is missing: an epsilon means nothing without it; below 1 / number of examples is usual"
+            )
+        return self
+
+
+class PerformanceSection(Section):
+    """Nothing here changes an index, a noise bit or epsilon."""
+
+    physical_batch_size: PositiveInt = Field(64, description="examples per device in one accumulation")
+    clipping_method: Literal["auto", "bookkeeping", "ghost", "materialize"] = Field(
+        "auto", description="how per-example gradients are clipped; the result is the same"
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the model's forward and backward pass; norms, sums and noise stay float32"
+    )
+    deterministic: bool = Field(False, description="bit-equal reruns on a GPU, at a price")
+    compilation_cache: str | None = Field(None, description="folder of jax's persistent compilation cache")
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt | None = Field(None, description="save each time this many steps have passed")
+    every_s: Positive | None = Field(300.0, description="save when this many seconds have passed")
+    keep: PositiveInt = Field(2, description="good checkpoints that stay on disk")
+
+
+class MetricsSection(Section):
+    sensitive: bool = Field(
+        False, description="also write training loss, gradient norms, realised batch sizes (mode 0600)"
+    )
+    tensorboard: bool = Field(False, description="also write the public stream for TensorBoard")
+
+
+class RunConfig(Section):
+    """Everything that a run is told. Immutable; two equal configs make the same plan."""
+
+    run: RunSection = Field(default_factory=RunSection)  # pyright: ignore[reportArgumentType]
+    data: DataSection = Field(default_factory=DataSection)  # pyright: ignore[reportArgumentType]
+    model: ModelSection = Field(default_factory=ModelSection)  # pyright: ignore[reportArgumentType]
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)  # pyright: ignore[reportArgumentType]
+    training: TrainingSection
+    privacy: PrivacySection
+    performance: PerformanceSection = Field(default_factory=PerformanceSection)  # pyright: ignore[reportArgumentType]
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)  # pyright: ignore[reportArgumentType]
+    metrics: MetricsSection = Field(default_factory=MetricsSection)  # pyright: ignore[reportArgumentType]
+
+    @model_validator(mode="after")
+    def _warmup_fits(self):
+        steps, warmup = self.training.steps, self.optimizer.warmup_steps
+        if steps is not None and warmup >= steps and warmup > 0:
+            raise ValueError(
+                f"optimizer.warmup_steps={warmup} is not below training.steps={steps}: the peak would never be reached"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply `section.key=value` overrides.
+
+    Args:
+        path: the TOML file.
+        overrides: each `section.key=value`; the value is read as TOML, and as a string when that fails.
+
+    Raises:
+        InputError: the file cannot be read or parsed, or one or more values are wrong; every error is listed
+            with its place, unknown keys with the nearest valid ones.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: give the TOML file in it")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"config {path} cannot be read ({error}): give a readable UTF-8 TOML file"
+        ) from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"config {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from_dict(values, source=str(path))
+
+
+def config_from_dict(values: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """Validate nested dictionaries as a RunConfig.
+
+    Raises:
+        InputError: every error in one message, each with its place and remedy.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise InputError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as TOML that `load_config` reads back to an equal config; unset keys are left out."""
+    lines = []
+    for section, values in config.model_dump(exclude_none=True).items():
+        lines.append(f"[{section}]")
+        lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def describe_keys() -> str:
+    """One line for every key: name, type, default and meaning; what `dpscale train --help-config` prints."""
+    lines = []
+    for section, field in RunConfig.model_fields.items():
+        lines.append(f"[{section}]")
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        for key, info in model.model_fields.items():
+            default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
+            lines.append(f"  {key:<22} {info.description} ({default.replace('default null', 'unset')})")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """'did you mean ..' when something is close, else the valid names."""
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    place, equals, text = override.partition("=")
+    keys = place.strip().split(".")
+    if not equals or len(keys) != 2 or not all(keys):
+        raise InputError(f"override {override!r}: write section.key=value, for example privacy.epsilon=3")
+    section = values.setdefault(keys[0], {})
+    if not isinstance(section, dict):
+        raise InputError(f"override {override!r}: {keys[0]} is a value in the config file, not a section")
+    try:
+        section[keys[1]] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        section[keys[1]] = text
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        *parents, key = error["loc"]
+        section = RunConfig.model_fields[str(parents[0])].annotation if parents else RunConfig
+        valid = list(getattr(section, "model_fields", {}))
+        return f"{place} is not a known key: {nearest(str(key), valid)}"
+    if error["type"] == "missing":
+        return f"{place} is missing: it has no default"
+    if error["type"] == "value_error":
+        return message
+    return f"{place}={error['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return repr(value)
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, (bool, int)):
+        return json.dumps(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    raise InputError(f"{value!r} has no TOML form: use text, numbers, booleans, lists and tables")

@@ -1,0 +1,25 @@
+"""The errors that dpscale raises on purpose. Each message says what was seen, the rule, and the remedy."""
+
+
+class DpscaleError(Exception):
+    """Base of every error that dpscale raises on purpose; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(DpscaleError, ValueError):
+    """What the user gave (config, data, arguments) cannot be used as it is. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunDirectoryError(InputError):
+    """The run directory belongs to another run, cannot be written, or holds no usable state."""
+
+
+class PrivacyError(DpscaleError):
+    """Going on would make the privacy statement untrue, so the run stops."""
+
+
+class DivergedError(PrivacyError):
+    """Processes that must agree bit for bit (draws, keys, parameters) do not."""
