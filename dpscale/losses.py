@@ -1,0 +1,119 @@
+"""Per-example losses and metrics: pure functions of one example, which the clipping engine maps over a
+batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Example = dict[str, jax.Array]  # {"features": one example's features, "label": its label}
+Loss = Callable[[Any, Example, jax.Array | None], jax.Array]
+Metrics = Callable[[Any, Example], dict[str, jax.Array]]
+Transform = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+
+def softmax_cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """-sum_c t_c log softmax(logits)_c in nats, with t = (1 - s) one_hot(label) + s / classes.
+
+    logits: float[classes]; label: an integer scalar. A label outside the classes (padding may hold any)
+    counts as no class at all, so the result stays finite.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    classes = logits.shape[-1]
+    target = jax.nn.one_hot(label, classes) * (1.0 - label_smoothing) + label_smoothing / classes
+    return -jnp.sum(target * log_p)
+
+
+def binary_cross_entropy(logit: jax.Array, label: jax.Array) -> jax.Array:
+    """-log of the probability that sigmoid(logit) gives to `label` (0 or 1), in nats; logit: a scalar or
+    [1]."""
+    logit = logit.astype(jnp.float32).reshape(())
+    target = jnp.asarray(label, jnp.float32).reshape(())
+    return jax.nn.softplus(logit) - target * logit
+
+
+def mean_squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean of the squared differences over one example's outputs; a prediction [1] meets a scalar target."""
+    target = jnp.asarray(target, jnp.float32)
+    return jnp.mean(jnp.square(prediction.astype(jnp.float32).reshape(target.shape) - target))
+
+
+def classification_loss(
+    apply: Callable[..., jax.Array], transform: Transform | None = None, *, label_smoothing: float = 0.0
+) -> Loss:
+    """`loss(params, example, key)`: softmax cross entropy of one example.
+
+    apply: a `Functional.apply`. transform: a `dpscale.data.transforms.Transform`. The key is split between
+    augmentation and dropout; key None means neither. Weight decay does not belong here: inside the clipped
+    gradient it would use up the clip norm. Set `optimizer.weight_decay`, which is applied after clipping.
+    """
+    return per_example_loss(
+        apply, lambda logits, label: softmax_cross_entropy(logits, label, label_smoothing), transform
+    )
+
+
+def regression_loss(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Loss:
+    """`loss(params, example, key)`: mean squared error of one example; see `classification_loss`."""
+    return per_example_loss(apply, mean_squared_error, transform)
+
+
+def binary_loss(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Loss:
+    """`loss(params, example, key)`: binary cross entropy of one example; see `classification_loss`."""
+    return per_example_loss(apply, binary_cross_entropy, transform)
+
+
+def per_example_loss(
+    apply: Callable[..., jax.Array],
+    criterion: Callable[[jax.Array, jax.Array], jax.Array],
+    transform: Transform | None = None,
+) -> Loss:
+    """`loss(params, example, key)` from a model, a `criterion(output, label) -> scalar` and a transform."""
+
+    def loss(params: Any, example: Example, key: jax.Array | None = None) -> jax.Array:
+        output = _output(apply, transform, params, example["features"], key)
+        return criterion(output, example["label"])
+
+    return loss
+
+
+def classification_metrics(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Metrics:
+    """`metrics(params, example) -> {"loss", "correct"}`: float32 scalars to be summed over examples and
+    divided.
+
+    "correct" is 1 where the largest logit is the label's (the first one in a tie) and 0 otherwise. No
+    augmentation, no dropout. An output that is not finite counts as wrong.
+    """
+
+    def metrics(params: Any, example: Example) -> dict[str, jax.Array]:
+        logits = _output(apply, transform, params, example["features"], None)
+        right = (jnp.argmax(logits) == example["label"]) & jnp.all(jnp.isfinite(logits))
+        return {
+            "loss": softmax_cross_entropy(logits, example["label"]),
+            "correct": right.astype(jnp.float32),
+        }
+
+    return metrics
+
+
+def regression_metrics(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Metrics:
+    """`metrics(params, example) -> {"loss"}`: the squared error, a float32 scalar."""
+
+    def metrics(params: Any, example: Example) -> dict[str, jax.Array]:
+        prediction = _output(apply, transform, params, example["features"], None)
+        return {"loss": mean_squared_error(prediction, example["label"])}
+
+    return metrics
+
+
+def _output(
+    apply: Callable[..., jax.Array],
+    transform: Transform | None,
+    params: Any,
+    features: jax.Array,
+    key: jax.Array | None,
+) -> jax.Array:
+    augmentation_key, dropout_key = (None, None) if key is None else jax.random.split(key)
+    if transform is not None:
+        features = transform(features, augmentation_key)
+    return apply(params, features, dropout_key)
