@@ -1,0 +1,140 @@
+"""Bounds on what one example may contribute: flat, per group of parameters, normalised."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpscale.errors import InputError
+
+ROUNDING_SLACK = 2.0**-16
+"""A contribution's true norm is at most `max_norm * (1 + ROUNDING_SLACK)`: float32 products and sums round."""
+
+
+class Bound(Protocol):
+    """How per-example norms become per-example factors."""
+
+    @property
+    def max_norm(self) -> float:
+        """Largest Euclidean norm of one example's contribution to the sum over all leaves (a plain float)."""
+        ...
+
+    def groups(self, params: Any) -> list[int]:
+        """The group number of each leaf of `params`, in flattening order."""
+        ...
+
+    def factors(self, norms: jax.Array) -> jax.Array:
+        """Factors in [0, 1/gamma), f[G, B], from the groups' norms, f[G, B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Scale each example's gradient to at most `clip_norm`: min(1, C / norm) (Abadi et al. 2016, section 3).
+
+    Edge cases: 0 gives zero contributions, inf leaves finite gradients as they are.
+    Raises InputError for a negative or NaN norm.
+    """
+
+    clip_norm: float
+
+    def __post_init__(self):
+        _check_norm(self.clip_norm)
+
+    @property
+    def max_norm(self) -> float:
+        return float(self.clip_norm)
+
+    def groups(self, params: Any) -> list[int]:
+        return [0] * len(jax.tree.leaves(params))
+
+    def factors(self, norms: jax.Array) -> jax.Array:
+        return _clip_factors(norms, [self.clip_norm])
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """Clip each group of leaves to its own norm; the whole contribution is at most sqrt(sum of C_g^2).
+
+    `clip_norms` is a prefix of the parameters' pytree whose leaves are floats, for example
+    `{"encoder": 0.5, "head": 1.0}`; each float bounds the joint norm of all leaves below it.
+    Edge cases: as for `Flat`, group by group. Raises InputError where it is no prefix of the parameters.
+    """
+
+    clip_norms: Any
+
+    def __post_init__(self):
+        if not jax.tree.leaves(self.clip_norms):
+            raise InputError("PerGroup got no clip norm at all: give a prefix of the parameters' pytree with floats")
+        for norm in jax.tree.leaves(self.clip_norms):
+            _check_norm(norm)
+
+    @property
+    def max_norm(self) -> float:
+        return float(np.sqrt(sum(float(norm) ** 2 for norm in jax.tree.leaves(self.clip_norms))))
+
+    def groups(self, params: Any) -> list[int]:
+        try:
+            subtrees = jax.tree.structure(self.clip_norms).flatten_up_to(params)
+        except ValueError as error:
+            raise InputError(f"clip_norms is not a prefix of the parameters' pytree: {error}") from error
+        return [group for group, subtree in enumerate(subtrees) for _ in jax.tree.leaves(subtree)]
+
+    def factors(self, norms: jax.Array) -> jax.Array:
+        return _clip_factors(norms, jax.tree.leaves(self.clip_norms))
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """Scale every example's gradient to nearly `clip_norm`: C / (norm + gamma), "automatic clipping".
+
+    A zero gradient stays zero because gamma > 0. Source: Bu et al. 2022, arXiv 2206.07136, section 4.
+    Raises InputError unless 0 <= clip_norm < inf and 0 < gamma < inf.
+    """
+
+    clip_norm: float
+    gamma: float = 0.01
+
+    def __post_init__(self):
+        _check_norm(self.clip_norm)
+        if not (0 < self.gamma < float("inf") and self.clip_norm < float("inf")):
+            raise InputError(
+                f"Normalized(clip_norm={self.clip_norm}, gamma={self.gamma}): both must be finite and gamma > 0"
+            )
+
+    @property
+    def max_norm(self) -> float:
+        return float(self.clip_norm)
+
+    def groups(self, params: Any) -> list[int]:
+        return [0] * len(jax.tree.leaves(params))
+
+    def factors(self, norms: jax.Array) -> jax.Array:
+        return _round_down(self.clip_norm, norms.dtype) / (norms + jnp.asarray(self.gamma, norms.dtype))
+
+
+def as_bound(clip_norm: float | None, bound: Bound | None) -> Bound:
+    """The bound that the two keywords of `clipped_grad` mean; the default is Flat(1.0)."""
+    if bound is None:
+        return Flat(1.0 if clip_norm is None else clip_norm)
+    if clip_norm is not None:
+        raise InputError(f"both clip_norm={clip_norm} and bound={bound} were given: give one of them")
+    return bound
+
+
+def _check_norm(norm: float) -> None:
+    if isinstance(norm, jax.core.Tracer) or not np.isscalar(norm) or not float(norm) >= 0:  # type: ignore[arg-type]
+        raise InputError(f"clip_norm={norm!r}: a clip norm is a plain number >= 0, known before the step is compiled")
+
+
+def _round_down(value: float, dtype) -> jax.Array:
+    """`value` in `dtype`, never above it: a bound must not grow by rounding."""
+    rounded = np.asarray(value, dtype)
+    return jnp.asarray(np.nextafter(rounded, np.zeros_like(rounded)) if float(rounded) > value else rounded)
+
+
+def _clip_factors(norms: jax.Array, clip_norms: list[float]) -> jax.Array:
+    limits = jnp.stack([_round_down(float(norm), norms.dtype) for norm in clip_norms])[:, None]
+    return jnp.minimum(1, limits / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))

@@ -1,0 +1,92 @@
+"""One example's loss in one fixed form, whatever the user's signature, and the result that every method returns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpscale.clipping.bounds import Bound
+from dpscale.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ClippedSum:
+    """The sum of clipped per-example gradients of one physical batch of B rows; a pytree.
+
+    `grad_sum`: like the parameters, float32 (float64 for float64 parameters); None in place of frozen and
+    non-float leaves. `norms`: f32[B], `losses`: f32[B], both 0 where a row contributes nothing.
+    `finite`: bool[B], False only where an unmasked row's loss or gradient norm is not finite; such a row
+    contributes exactly zero. `aux`: the loss's auxiliary output with a leading axis B, or None; zeros where
+    a row contributes nothing.
+
+    All but `grad_sum` are sensitive: they concern single records and are not protected by noise.
+    """
+
+    grad_sum: Any
+    norms: jax.Array
+    losses: jax.Array
+    finite: jax.Array
+    aux: Any = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a clipping method is asked: per-example gradients of `loss` at `leaves`, clipped by `bound`, summed.
+
+    `loss(leaves, row) -> (scalar, aux)` is the user's loss of one example as a function of the trainable leaves
+    (a list) and of one row of `rows`. `rows` is a pytree with a leading axis B (the batch, and the keys if any).
+    `groups[j]` is the bound's group of leaf j.
+    """
+
+    loss: Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]
+    leaves: list[jax.Array]
+    names: list[str]
+    rows: Any
+    mask: jax.Array
+    bound: Bound
+    groups: list[int]
+
+
+def sum_dtype(dtype) -> Any:
+    """float32 for every smaller float, float64 for float64: norms and sums are never taken in less."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def select_rows(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows of x where `keep`, else zero. A selection, since NaN * 0 is NaN."""
+    return jnp.where(keep.reshape(keep.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def replace_rows(keep: jax.Array, rows: Any) -> Any:
+    """Puts the first kept row in the place of every other one, so that no row holds anything unforeseen.
+
+    With no kept row, row 0 is used as it is; nothing of it is summed.
+    """
+    source = jnp.where(keep, jnp.arange(keep.shape[0]), jnp.argmax(keep))
+    return jax.tree.map(lambda x: jnp.take(x, source, axis=0), rows)
+
+
+def clip_factors(problem: Problem, squares: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(total norm f[B], factor of each leaf f[L, B]) from the leaves' squared norms, each f[B].
+
+    A square below the smallest normal float32 may have been flushed to zero; `size * tiny` bounds what that hides,
+    so that the factor is right for any clip norm. Overflow gives an infinite norm: the row counts as not finite.
+    """
+    dtype = jnp.result_type(jnp.float32, *squares)
+    groups = jnp.asarray(problem.groups)
+    hidden = jnp.asarray([leaf.size * float(jnp.finfo(jnp.float32).tiny) for leaf in problem.leaves], dtype)
+    stacked = jnp.stack([square.astype(dtype) for square in squares])
+    upper = jnp.zeros((max(problem.groups) + 1, stacked.shape[1]), dtype).at[groups].add(stacked + hidden[:, None])
+    return jnp.sqrt(jnp.sum(stacked, axis=0)), problem.bound.factors(jnp.sqrt(upper))[groups]
+
+
+def check_scalar(loss: jax.Array) -> None:
+    """Raises InputError where the per-example loss is not a float scalar."""
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise InputError(
+            f"loss_fn returned {loss.dtype}{list(loss.shape)} for one example: it must return one float scalar "
+            "(loss_fn sees a single example, without the batch axis)"
+        )
