@@ -121,20 +121,23 @@ def add_gaussian_noise(
     return _each_chunk(key, position, count, noisy, (flat_sum, stddev, key[0], position.block))
 
 
-def shard_start(shard_index: int | jax.Array, shard_size: int) -> jax.Array | int:
-    """Return where shard `shard_index` of equal shards begins in the flat vector.
+def shard_start(axis_name: str | tuple[str, ...], shard_size: int) -> jax.Array:
+    """Return where this device's shard begins in a flat vector cut into equal shards along `axis_name`.
 
-    For a shard inside `jax.shard_map`: `add_gaussian_noise(shard, key, stddev, shard_start(lax.axis_index("data"),
-    shard.shape[0]))`.
+    For the body of a `jax.shard_map`: `add_gaussian_noise(shard, key, stddev, shard_start("data", shard.shape[0]))`
+    adds the same noise that one device would have added to the whole vector.
+
+    Returns:
+        uint32 scalar, varying over `axis_name`.
 
     Raises:
-        InputError: a Python `shard_index` is negative.
+        InputError: the shards together hold more than 2**32 elements, whose indices uint32 cannot name: they would
+            wrap, and elements would share their noise.
     """
-    if isinstance(shard_index, int):
-        if shard_index < 0:
-            raise InputError(f"shard_index={shard_index}: shards count from 0")
-        return shard_index * shard_size
-    return shard_index.astype(jnp.uint32) * np.uint32(shard_size)
+    total = lax.axis_size(axis_name) * shard_size
+    if total > 2**32:
+        raise InputError(f"a flat vector of {total} elements in shards: at most {2**32} can be told apart; freeze some")
+    return lax.axis_index(axis_name).astype(jnp.uint32) * np.uint32(shard_size)
 
 
 def box_muller(high: jax.Array, low: jax.Array, angle: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -232,7 +235,8 @@ def _each_chunk(
 def _position(start: int | jax.Array, count: int) -> _Position:
     if not 0 <= count <= _MAX_COUNT:
         raise InputError(f"count={count}: one call makes 0 to {_MAX_COUNT} normals; use more shards or calls")
-    if isinstance(start, int):
+    if isinstance(start, int | np.integer):
+        start = int(start)
         if start < 0 or start + count > MAX_ELEMENTS:
             raise InputError(
                 f"elements {start} to {start + count} are asked for: one key has elements 0 to {MAX_ELEMENTS}"
