@@ -17,9 +17,7 @@ from typing import Literal, NoReturn, get_args
 from dpscale.errors import InputError, RunDirectoryError
 
 SECRET_BYTES = 32
-Purpose = Literal[
-    "sampling", "truncation", "noise", "augmentation", "dropout", "ledger", "fingerprint", "audit"
-]
+Purpose = Literal["sampling", "truncation", "noise", "augmentation", "dropout", "ledger", "fingerprint", "audit"]
 PURPOSES: frozenset[str] = frozenset(get_args(Purpose))
 
 _FILE_TEXT = re.compile(rb"[0-9a-f]{64}\n")
@@ -111,12 +109,19 @@ class RootSecret:
     def from_insecure_seed(cls, seed: int) -> RootSecret:
         """Make the secret of a reproducible, NOT private run from a non-negative integer of any size."""
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise InputError(
-                f"privacy.insecure_seed={seed!r}: it must be a non-negative integer; give one such as 0"
-            )
+            raise InputError(f"privacy.insecure_seed={seed!r}: it must be a non-negative integer; give one such as 0")
         data = seed.to_bytes(max(1, (seed.bit_length() + 7) // 8), "little")
         digest = hashlib.blake2b(data, digest_size=SECRET_BYTES, person=b"dpscale/insecure")
         return cls(digest.digest(), insecure=True)
+
+    def for_other_processes(self) -> str:
+        """The secret as 64 hexadecimal digits, for the run's own processes over their own network only."""
+        return self._key.hex()
+
+    @classmethod
+    def from_process_zero(cls, text: str, *, insecure: bool) -> RootSecret:
+        """What `for_other_processes` gave on process 0."""
+        return cls(bytes.fromhex(text), insecure=insecure)
 
     def derive(self, purpose: Purpose, attempt: int = 0, step: int = 0, size: int = 32) -> bytes:
         """Derive `size` bytes (1 to 64) for one purpose, attempt and step (each 0 to 2**64 - 1).
