@@ -14,7 +14,7 @@ import numpy as np
 from dpscale.errors import InputError
 
 _TAG = b"dpscale/poisson-sampling/1"
-_BLOCK_BYTES = 8192
+_BLOCK_BYTES = 8 * 136  # eight permutations of SHAKE-256, whose rate is 136 bytes
 _SIZE_BITS = 128  # resolution of the batch size's distribution
 _GUARD_BITS = 64  # for the rounding errors of up to 2^32 table entries
 _DENSE = 16  # above num_examples / _DENSE a bitmap is cheaper than sorting
@@ -23,7 +23,7 @@ _DENSE = 16  # above num_examples / _DENSE a bitmap is cheaper than sorting
 class KeyedStream:
     """Uniform bytes from SHAKE-256: a pure function of (key, attempt, step), read once from front to back.
 
-    The stream is the concatenation over block = 0, 1, ... of the first 8192 bytes of
+    The stream is the concatenation over block = 0, 1, ... of the first 1088 bytes of
     SHAKE-256(tag || key || attempt || step || block), numbers as 8 bytes little-endian. Every part has a
     fixed length, so no two (key, attempt, step, block) share an input. `bytes_read` counts what was used.
     """
@@ -96,7 +96,10 @@ class SizeTable:
         self.thresholds = [_ceil_div(upper << _SIZE_BITS, total)]
         for weight, error in zip(weights[:-1], errors[:-1], strict=True):
             upper += weight + error
-            self.thresholds.append(_ceil_div(upper << _SIZE_BITS, total))
+            threshold = _ceil_div(upper << _SIZE_BITS, total)
+            if threshold >> _SIZE_BITS:  # rounded up to certainty: larger sizes cannot come out
+                break
+            self.thresholds.append(threshold)
 
     @property
     def last(self) -> int:
@@ -111,7 +114,7 @@ class SizeTable:
     def probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         """(sizes int64[m], probabilities float64[m]): size 0, then first, ..., last; 0 may come twice."""
         full = 1 << _SIZE_BITS
-        edges = [0, *(min(t, full) for t in self.thresholds), full]
+        edges = [0, *self.thresholds, full]
         masses = np.array([(hi - lo) / full for lo, hi in pairwise(edges)])
         return np.r_[0, np.arange(self.first, self.last + 1)], masses
 
@@ -208,9 +211,10 @@ class PoissonSampler:
 
         Keyed with the sampling key: an unkeyed hash of a batch would let others test who was in it.
         """
+        indices = self.indices(step, attempt)
         header = b"".join(int(x).to_bytes(8, "little") for x in (self.num_examples, attempt, step))
         hashed = hashlib.blake2b(header, digest_size=16, key=self.key, person=b"dpscale draw")
-        hashed.update(self.indices(step, attempt).astype("<i8").tobytes())
+        hashed.update(indices.astype("<i8").tobytes())
         return hashed.digest()
 
     def size_distribution(self) -> tuple[np.ndarray, np.ndarray]:
