@@ -1,0 +1,312 @@
+"""PrivacyPlan: the one object from which sampler, clipping, noise, divisor and accountant take their numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dpscale.errors import InputError, RunDirectoryError
+from dpscale.privacy import accounting
+from dpscale.privacy.accounting import Accountant
+from dpscale.privacy.sensitivity import NeighboringRelation, check_neighboring_relation, flat_norm_bound, noise_unit
+
+if TYPE_CHECKING:
+    from dpscale.config import PrivacySection, RunConfig
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What is promised, fixed before the first step and never changed after it.
+
+    Guarantees: everything is computed once from one config and one number of examples; sampler, noise, divisor
+    and accountant read the same fields, so what is accounted is what ran. Nothing here depends on the physical
+    batch, the accumulation, the number of processes, or the realised batch sizes.
+
+    Edge cases: with `enabled` False the sampler is the same, `clip_norm` is None (no clipping),
+    `noise_multiplier` 0 and epsilon inf.
+
+    Raises: InputError for values out of range, whichever way the plan is made.
+    """
+
+    num_examples: int
+    """Size of the training set; public under zero_out."""
+    sampling_rate: float
+    """q, each example's probability to be in a logical batch, independently of all else."""
+    steps: int
+    """Planned logical steps, T."""
+    expected_batch_size: float
+    """q * N when the plan was made: the public divisor of the noisy sum."""
+    noise_multiplier: float
+    """Standard deviation of the noise over one record's norm bound."""
+    clip_norm: float | None
+    """Bound on the norm of one record's contribution to the sum."""
+    delta: float | None
+    epsilon_target: float | None
+    """The epsilon that the noise multiplier was calibrated to; None when the multiplier was given."""
+    max_batch_size: int | None = None
+    """Larger draws are cut to a uniform subset of this size (truncated Poisson); None: never."""
+    unit: str = "example"
+    """What one record is."""
+    neighboring_relation: NeighboringRelation = "zero_out"
+    accountant: Accountant = "pld"
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("sampling_rate", "expected_batch_size", "noise_multiplier"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("clip_norm", "delta", "epsilon_target"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        _check_sizes(self.num_examples, self.steps, self.expected_batch_size, self.sampling_rate)
+        check_neighboring_relation(self.neighboring_relation)
+        if not self.enabled:
+            return
+        if self.clip_norm is None or self.delta is None:
+            raise InputError("privacy is enabled: it needs privacy.clip_norm and privacy.delta")
+        if self.epsilon_target is not None and not self.epsilon_target > 0:
+            raise InputError(f"epsilon={self.epsilon_target}: it must be > 0; 1 to 8 are usual values")
+        flat_norm_bound(self.clip_norm)
+        # Twice the steps: replayed ones must not bring delta below what the accountant can resolve.
+        accounting.check(self._step, 2 * self.steps, self.delta, self.accountant)
+
+    @classmethod
+    def from_config(cls, config: RunConfig, *, num_examples: int, cached: PrivacyPlan | None = None) -> PrivacyPlan:
+        """Make the plan of a config, calibrating the noise multiplier where an epsilon is given.
+
+        `cached` is a plan made before, as from the run directory: its noise multiplier is used again where it was
+        calibrated for the same question and still keeps within epsilon.
+
+        Raises: InputError for values out of range, missing, given twice, or that the accountant has no analysis of.
+        """
+        privacy = config.privacy
+        rate, expected = _rate_and_expected_batch_size(privacy, num_examples)
+        common: dict[str, Any] = {
+            "num_examples": num_examples,
+            "sampling_rate": rate,
+            "expected_batch_size": expected,
+            "steps": _steps(config.training, rate),
+            "max_batch_size": privacy.max_batch_size,
+            "unit": privacy.unit,
+            "neighboring_relation": privacy.neighboring_relation,
+            "accountant": privacy.accountant,
+            "enabled": privacy.enabled,
+        }
+        if not privacy.enabled:
+            return cls(**common, noise_multiplier=0.0, clip_norm=None, delta=None, epsilon_target=None)
+        if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+            seen = "neither is" if privacy.epsilon is None else "both are"
+            raise InputError(f"privacy.epsilon or privacy.noise_multiplier: {seen} given; give exactly one")
+        plan = cls(
+            **common,
+            noise_multiplier=privacy.noise_multiplier or 0.0,
+            clip_norm=privacy.clip_norm,
+            delta=privacy.delta,
+            epsilon_target=privacy.epsilon,
+        )
+        return plan if privacy.epsilon is None else plan._calibrated(cached)
+
+    def _calibrated(self, cached: PrivacyPlan | None) -> PrivacyPlan:
+        assert self.epsilon_target is not None
+        if cached is not None:
+            # The norm bound scales the noise and the unit names it; neither enters the calibration.
+            again = dataclasses.replace(cached, noise_multiplier=0.0, unit=self.unit, clip_norm=self.clip_norm)
+            reused = dataclasses.replace(self, noise_multiplier=cached.noise_multiplier)
+            # Checked, since the file may have been edited; the room is for other machines' last bits.
+            if again == self and reused.epsilon_after(reused.steps) <= self.epsilon_target * (1 + 1e-9):
+                return reused
+        sigma = accounting.noise_multiplier(
+            epsilon=self.epsilon_target,
+            delta=self._delta,
+            steps=self.steps,
+            sampling_rate=self.sampling_rate,
+            accountant=self.accountant,
+            neighboring_relation=self.neighboring_relation,
+            num_examples=self.num_examples,
+            max_batch_size=self.max_batch_size,
+        )
+        return dataclasses.replace(self, noise_multiplier=sigma)
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise added to each coordinate of the SUM of clipped gradients."""
+        return 0.0 if self.clip_norm is None else self.noise_multiplier * noise_unit(self.clip_norm)
+
+    def epsilon_after(self, steps: int) -> float:
+        """Upper bound on epsilon once `steps` steps were charged, replayed ones included; may exceed the plan's.
+
+        Before the planned end it is the epsilon of a stop decided in advance.
+        Edge cases: 0 steps give 0; without privacy or noise, inf.
+        """
+        if not self.enabled:
+            return math.inf if steps > 0 else 0.0
+        return accounting.epsilon(
+            steps=steps,
+            delta=self._delta,
+            noise_multiplier=self.noise_multiplier,
+            sampling_rate=self.sampling_rate,
+            accountant=self.accountant,
+            neighboring_relation=self.neighboring_relation,
+            num_examples=self.num_examples,
+            max_batch_size=self.max_batch_size,
+        )
+
+    def epsilon_curve(self, steps: Sequence[int]) -> list[float]:
+        """`epsilon_after` each of several step counts; about 20 ms each at the quickstart's settings."""
+        return [self.epsilon_after(count) for count in steps]
+
+    def dp_event(self, steps: int) -> Any:
+        """The dp-accounting DpEvent of `steps` steps, for any accountant that reads those."""
+        if not self.enabled:
+            from dp_accounting import dp_event
+
+            return dp_event.NonPrivateDpEvent()
+        return self._step.dp_event(steps)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed but should be read once before the run; empty for most plans."""
+        if not self.enabled:
+            return []
+        found = []
+        if self._delta > 1 / self.num_examples:
+            found.append(
+                f"delta={self._delta:g} is above 1/{self.num_examples}: publishing one record outright, chosen at "
+                f"random, would satisfy it. Choose privacy.delta below {1 / self.num_examples:.1e}"
+            )
+        if self.noise_multiplier == 0:
+            found.append("noise_multiplier=0: no noise, no guarantee. Set privacy.epsilon or more noise")
+        if self.max_batch_size is not None and self.max_batch_size < self.expected_batch_size:
+            found.append(
+                f"max_batch_size={self.max_batch_size} is below the expected batch size "
+                f"({self.expected_batch_size:g}): most draws are cut while the divisor stays. Choose a larger one"
+            )
+        if self.neighboring_relation == "add_or_remove":
+            found.append(
+                f"neighboring_relation=add_or_remove, but the plan (q, divisor, steps) was made from the "
+                f"{self.num_examples} examples and shows their number: the guarantee holds for the plan as given. "
+                "zero_out says so openly"
+            )
+        return found
+
+    def to_json(self) -> str:
+        """The plan as indented JSON with its schema version; `from_json` gives back an equal plan."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PrivacyPlan:
+        """Read what `to_json` wrote.
+
+        Raises: RunDirectoryError for another schema version, missing or unknown keys, or wrong types; InputError
+        for values out of range.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RunDirectoryError(f"the plan is not valid JSON ({error}): {_RESTORE}") from None
+        if not isinstance(values, dict) or values.pop("schema_version", None) != SCHEMA_VERSION:
+            raise RunDirectoryError(
+                f"the plan does not say schema_version {SCHEMA_VERSION}, the one that this version of dpscale reads: "
+                "use the version that wrote it, or start a new run"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            odd = ", ".join(sorted(set(values) ^ names))
+            raise RunDirectoryError(f"the plan lacks keys or has unknown ones ({odd}): {_RESTORE}")
+        for name, value in values.items():
+            if not _has_type(name, value):
+                raise RunDirectoryError(f"the plan has {name}={value!r}, of the wrong type: {_RESTORE}")
+        return cls(**values)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON, 64 hexadecimal digits; equal plans and only they share it."""
+        values = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def differences(self, new: PrivacyPlan) -> list[str]:
+        """'key: old -> new' for every field of `new` that is not this plan's; empty when they are equal."""
+        pairs = [(f.name, getattr(self, f.name), getattr(new, f.name)) for f in dataclasses.fields(self)]
+        return [f"{name}: {old} -> {now}" for name, old, now in pairs if old != now]
+
+    @property
+    def _step(self) -> accounting.Step:
+        return accounting.Step(
+            self.noise_multiplier,
+            self.sampling_rate,
+            self.neighboring_relation,
+            self.num_examples,
+            self.max_batch_size,
+        )
+
+    @property
+    def _delta(self) -> float:
+        assert self.delta is not None
+        return self.delta
+
+
+_RESTORE = "restore plan.json from a copy, or start a new run"
+_TYPES: dict[str, tuple[type, ...]] = {
+    "num_examples": (int,),
+    "steps": (int,),
+    "max_batch_size": (int, type(None)),
+    "enabled": (bool,),
+    "unit": (str,),
+    "neighboring_relation": (str,),
+    "accountant": (str,),
+    "clip_norm": (int, float, type(None)),
+    "delta": (int, float, type(None)),
+    "epsilon_target": (int, float, type(None)),
+}
+
+
+def _has_type(name: str, value: object) -> bool:
+    types = _TYPES.get(name, (int, float))
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
+def _rate_and_expected_batch_size(privacy: PrivacySection, num_examples: int) -> tuple[float, float]:
+    if num_examples < 1:
+        raise InputError("the training set is empty: private training needs at least one example")
+    expected, rate = privacy.expected_batch_size, privacy.sampling_rate
+    if (expected is None) == (rate is None):
+        seen = "neither is" if rate is None else "both are"
+        raise InputError(f"privacy.expected_batch_size or privacy.sampling_rate: {seen} given; give exactly one")
+    if expected is None:
+        assert rate is not None
+        return float(rate), float(rate) * num_examples
+    if expected > num_examples:
+        raise InputError(
+            f"expected_batch_size={expected:g} is larger than the data set ({num_examples} examples): choose at "
+            f"most {num_examples}, or set privacy.sampling_rate"
+        )
+    return expected / num_examples, float(expected)
+
+
+def _steps(training: Any, sampling_rate: float) -> int:
+    if (training.steps is None) == (training.epochs is None):
+        seen = "neither is" if training.steps is None else "both are"
+        raise InputError(f"training.steps or training.epochs: {seen} given; give exactly one")
+    if training.steps is not None:
+        return training.steps
+    if not 0 < training.epochs < math.inf or not sampling_rate > 0:
+        raise InputError(f"epochs={training.epochs}: it must be > 0, and so must the sampling rate")
+    # 7 / 0.07 is 100.00000000000001 in floating point: a last bit must not buy a whole step.
+    return max(1, math.ceil(training.epochs / sampling_rate * (1 - 1e-12)))
+
+
+def _check_sizes(num_examples: int, steps: int, expected_batch_size: float, sampling_rate: float) -> None:
+    if num_examples < 1:
+        raise InputError("the training set is empty: private training needs at least one example")
+    if not 0 < sampling_rate <= 1:
+        raise InputError(f"sampling_rate={sampling_rate}: it must lie above 0 and at most at 1")
+    if not 0 < expected_batch_size < math.inf:
+        raise InputError(f"expected_batch_size={expected_batch_size}: it must be above 0; it divides the sum")
+    if steps < 1:
+        raise InputError(f"steps={steps}: a run makes at least one step; set training.steps or training.epochs")
