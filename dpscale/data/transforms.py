@@ -125,7 +125,8 @@ def example_keys(key: jax.Array, id_words: jax.Array) -> jax.Array:
 
 
 def id_words(ids: np.ndarray) -> np.ndarray:
-    """Data-set indices int64[n] as uint32[n, 2] (high, low): the form that fits a device without 64-bit mode."""
+    """Data-set indices int64[n] as uint32[n, 2] (high, low): the form that fits a device without 64-bit
+    mode."""
     ids = np.asarray(ids, np.int64)
     return np.stack([ids >> 32, ids & 0xFFFFFFFF], axis=-1).astype(np.uint32)
 

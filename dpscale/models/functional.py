@@ -91,14 +91,16 @@ def _linen(module: linen.Module, shape: jax.ShapeDtypeStruct, seed: int) -> tupl
     flag = _train_argument(type(module).__call__)
 
     def initialise(key: jax.Array) -> Any:
-        names = ("params", "dropout")
-        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        return module.init(keys, jnp.zeros(shape.shape, shape.dtype), **flag(False))
+        weights_key, dropout_key = jax.random.split(key)
+        rngs = {"params": weights_key, "dropout": dropout_key}
+        return module.init(rngs, jnp.zeros(shape.shape, shape.dtype), **flag(False))
 
     # Shapes first: a refused model costs no initialisation.
     abstract = jax.eval_shape(initialise, seed_key(seed))
     check_per_example("batch_stats" in abstract, type(module).__name__)
-    variables = jax.jit(initialise)(seed_key(seed))
+    # It runs once, so on a CPU it is not worth optimising: seconds less to compile.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    variables = jax.jit(initialise, compiler_options=quick)(seed_key(seed))
     params = variables.get("params", {})
     constants = {name: value for name, value in variables.items() if name != "params"}
 
