@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,16 +55,10 @@ class DataSection(Section):
         "host", description='"device" keeps the whole data set in device memory'
     )
     num_threads: PositiveInt = Field(4, description="threads that read and assemble batches")
-    mean: list[float] | None = Field(
-        None, description="subtracted after scaling to [0, 1]; a public constant"
-    )
-    std: list[Positive] | None = Field(
-        None, description="divides after subtracting data.mean; a public constant"
-    )
+    mean: list[float] | None = Field(None, description="subtracted after scaling to [0, 1]; a public constant")
+    std: list[Positive] | None = Field(None, description="divides after subtracting data.mean; a public constant")
     random_flip: bool = Field(False, description="mirror images left-right with probability 1/2")
-    random_crop_padding: int = Field(
-        0, ge=0, description="pad by this many pixels and crop back at a random place"
-    )
+    random_crop_padding: int = Field(0, ge=0, description="pad by this many pixels and crop back at a random place")
 
     @model_validator(mode="after")
     def _held_out(self):
@@ -95,9 +90,7 @@ class OptimizerSection(Section):
     beta1: Fraction01 | None = Field(None, description="adam, adamw, lamb; default 0.9")
     beta2: Fraction01 | None = Field(None, description="adam, adamw, lamb; default 0.999")
     eps: Positive | None = Field(None, description="adam, adamw: 1e-8; lamb: 1e-6")
-    weight_decay: NonNegative | None = Field(
-        None, description="adamw, lamb: decoupled from the clipped gradient"
-    )
+    weight_decay: NonNegative | None = Field(None, description="adamw, lamb: decoupled from the clipped gradient")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="from the peak down to final_fraction of it at the last step"
     )
@@ -141,12 +134,8 @@ class TrainingSection(Section):
 
 class PrivacySection(Section):
     enabled: bool = Field(True, description="false: the same loop without clipping and noise, for comparison")
-    epsilon: Positive | None = Field(
-        None, description="allowed at the planned end; the noise is calibrated to it"
-    )
-    noise_multiplier: NonNegative | None = Field(
-        None, description="noise std / sensitivity; instead of epsilon"
-    )
+    epsilon: Positive | None = Field(None, description="allowed at the planned end; the noise is calibrated to it")
+    noise_multiplier: NonNegative | None = Field(None, description="noise std / sensitivity; instead of epsilon")
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="required when enabled")
     clip_norm: Positive = Field(1.0, description="bound on each example's gradient norm")
     expected_batch_size: Positive | None = Field(
@@ -172,9 +161,7 @@ class PrivacySection(Section):
     def _one_way_to_say_it(self):
         if (self.expected_batch_size is None) == (self.sampling_rate is None):
             seen = "neither is" if self.sampling_rate is None else "both are"
-            raise ValueError(
-                f"privacy.expected_batch_size or privacy.sampling_rate: {seen} given; give exactly one"
-            )
+            raise ValueError(f"privacy.expected_batch_size or privacy.sampling_rate: {seen} given; give exactly one")
         if not self.enabled:
             return self
         if (self.epsilon is None) == (self.noise_multiplier is None):
@@ -237,7 +224,7 @@ class RunConfig(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file and apply `section.key=value` overrides.
 
     Args:
@@ -254,9 +241,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"config {path} cannot be read ({error}): give a readable UTF-8 TOML file"
-        ) from error
+        raise InputError(f"config {path} cannot be read ({error}): give a readable UTF-8 TOML file") from error
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -126,6 +126,7 @@ def open_npz(path: Path, *, features_key: str, labels_key: str, num_classes: int
     """
     arrays: dict[str, np.ndarray] = {}
     try:
+        _check_format(path)
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{path} is a single array, but .npz must hold two: save it with numpy.savez")
@@ -133,9 +134,9 @@ def open_npz(path: Path, *, features_key: str, labels_key: str, num_classes: int
                 if key not in archive.files:
                     raise InputError(_missing_key(path, key, archive.files, features_key))
                 arrays[key] = archive[key]
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(_unreadable(path, error)) from error
     return ArraySource(arrays[features_key], arrays[labels_key], num_classes=num_classes, name=str(path))
 
@@ -154,9 +155,20 @@ def _map(path: Path) -> np.ndarray:
     if path.is_dir():
         raise InputError(f"{path} is a folder, but a .npy file was expected")
     try:
+        _check_format(path)
         return np.load(path, mmap_mode="r", allow_pickle=False)
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError) as error:
         raise InputError(_unreadable(path, error)) from error
+
+
+def _check_format(path: Path) -> None:
+    """numpy takes any unknown file for a pickle; say what it really is."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    if not start.startswith((b"PK", b"\x93NUMPY")):
+        raise InputError(f"{path} is not a NumPy file, whatever its name says: write it with numpy.save or savez")
 
 
 def _missing_key(path: Path, key: str, present: list[str], features_key: str) -> str:

@@ -73,7 +73,7 @@ class MadeUpSource:
 
 
 def _splitmix64(counter: np.ndarray) -> np.ndarray:
-    word = counter * np.uint64(0x9E3779B97F4A7C15)
+    word = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     word ^= word >> np.uint64(30)
     word *= np.uint64(0xBF58476D1CE4E5B9)
     word ^= word >> np.uint64(27)

@@ -114,7 +114,7 @@ def _figure(accuracy: Series, epsilon: Series, epsilon_allowed: float | None) ->
         axes[-1].set_ylim(bottom=0)
     axes[-1].set_xlabel("Step (logical batches)")
     axes[-1].set_xlim(0, 1.04 * max(_last_step(accuracy, epsilon), 1))
-    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.align_ylabels(axes)
     return figure

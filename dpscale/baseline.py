@@ -1,0 +1,34 @@
+"""The non-private sum of gradients: what `privacy.enabled = false` trains with, in the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpscale.clipping.example import ClippedSum, select_rows
+
+
+def summed_grad(loss_fn: Callable[..., jax.Array]) -> Callable[..., ClippedSum]:
+    """Ordinary gradients of `loss_fn(params, example[, key])`, summed over the rows of the mask; nothing is clipped.
+
+    The returned function has the arguments and the result of `dpscale.clipped_grad(...)`, so that the overhead of
+    privacy is the difference of two runs of one loop. `norms` are zero: no per-example norm is computed.
+    """
+
+    def summed(params: Any, batch: Any, mask: jax.Array, keys: jax.Array | None = None) -> ClippedSum:
+        def total(params):
+            if keys is None:
+                losses = jax.vmap(loss_fn, (None, 0))(params, batch)
+            else:
+                losses = jax.vmap(loss_fn, (None, 0, 0))(params, batch, keys)
+            losses = select_rows(mask, losses)
+            return jnp.sum(losses), losses.astype(jnp.float32)
+
+        grads, losses = jax.grad(total, has_aux=True)(params)
+        grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
+        return ClippedSum(grads, jnp.zeros_like(losses), losses, jnp.isfinite(losses))
+
+    return summed

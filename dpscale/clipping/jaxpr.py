@@ -1,0 +1,295 @@
+"""Programs as plain equations. The one file that touches jax's own program representation.
+
+A loss is traced once, for one example. What comes out is inlined (jit, custom derivatives, checkpoint), so that the
+rest of the package sees a flat list of equations in which only a scan has a body of its own.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+
+INLINED = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+}
+CHECKPOINTS = ("checkpoint", "remat2")
+
+
+@dataclass(eq=False)
+class Name:
+    """One value of a program, equal to itself only."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclass(eq=False)
+class Constant:
+    """A value that is known while tracing: a literal, or an array that the loss closes over."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return jax.numpy.shape(self.value)
+
+
+Operand = Name | Constant
+
+
+@dataclass(eq=False)
+class Equation:
+    """outputs = operation(inputs). `body` is the program of one iteration where the operation is a scan."""
+
+    operation: str
+    inputs: list[Operand]
+    outputs: list[Name]
+    params: dict[str, Any]
+    apply: Callable[..., Any]
+    body: "Program | None" = None
+
+
+@dataclass(eq=False)
+class Program:
+    """Equations in order. `checkpointed` tells whether jax.checkpoint was used anywhere inside."""
+
+    inputs: list[Name]
+    equations: list[Equation]
+    outputs: list[Operand]
+    checkpointed: bool = False
+
+    def producers(self) -> dict[Name, Equation]:
+        return {name: equation for equation in self.equations for name in equation.outputs}
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> Program:
+    """The program of fun(*args); arguments may be tracers. Outputs are the flattened results."""
+    closed = jax.make_jaxpr(fun)(*args)
+    return _convert(closed.jaxpr, closed.consts)
+
+
+def _convert(jaxpr: Any, consts: Sequence[Any]) -> Program:
+    names: dict[Any, Operand] = {var: Constant(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
+    inputs = [_new_name(var) for var in jaxpr.invars]
+    names.update(zip(jaxpr.invars, inputs, strict=True))
+    program = Program(inputs, [], [])
+    _append(program, jaxpr, names)
+    program.outputs = [_read(names, var) for var in jaxpr.outvars]
+    return program
+
+
+def _new_name(var: Any) -> Name:
+    return Name(tuple(var.aval.shape), var.aval.dtype)
+
+
+def _read(names: dict[Any, Operand], var: Any) -> Operand:
+    return Constant(var.val) if isinstance(var, Literal) else names[var]
+
+
+def _append(program: Program, jaxpr: Any, names: dict[Any, Operand]) -> None:
+    for eqn in jaxpr.eqns:
+        inputs = [_read(names, var) for var in eqn.invars]
+        kind = eqn.primitive.name
+        if kind in INLINED and INLINED[kind] in eqn.params:
+            names.update(zip(eqn.outvars, _inline(program, eqn, inputs), strict=True))
+            continue
+        outputs = [_new_name(var) for var in eqn.outvars]
+        names.update(zip(eqn.outvars, outputs, strict=True))
+        body = _convert(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts) if kind == "scan" else None
+        program.checkpointed |= body is not None and body.checkpointed
+        program.equations.append(Equation(kind, inputs, outputs, eqn.params, _binder(eqn), body))
+
+
+def _inline(program: Program, eqn: Any, inputs: list[Operand]) -> list[Operand]:
+    """Appends the equations of a called program and gives its results.
+
+    A differentiated checkpoint recomputes its forward pass: a barrier on what it reads keeps the compiler from merging
+    that with the first forward pass, as jax's own lowering does.
+    """
+    inner = eqn.params[INLINED[eqn.primitive.name]]
+    jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
+    if eqn.primitive.name in CHECKPOINTS:
+        program.checkpointed = True
+        if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
+            fenced = [_new_name(var) for var in jaxpr.invars]
+            barrier = Equation("optimization_barrier", inputs, fenced, {}, lambda *x: jax.lax.optimization_barrier(x))
+            program.equations.append(barrier)
+            inputs = list(fenced)
+    names: dict[Any, Operand] = {var: Constant(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
+    names.update(zip(jaxpr.invars, inputs, strict=True))
+    _append(program, jaxpr, names)
+    return [_read(names, var) for var in jaxpr.outvars]
+
+
+def _binder(eqn: Any) -> Callable[..., Any]:
+    def apply(*values):
+        return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+
+    return apply
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan equation's operands and results by their part in the loop."""
+
+    equation: Equation
+    body: Program
+    consts: int
+    carry: int
+
+    @classmethod
+    def of(cls, equation: Equation) -> "Scan":
+        assert equation.body is not None
+        return cls(equation, equation.body, equation.params["num_consts"], equation.params["num_carry"])
+
+    def carry_input(self, j: int) -> Name:
+        return self.body.inputs[self.consts + j]
+
+    def xs_operand(self, name: Name) -> Operand | None:
+        """The stacked array whose slice `name` is in each iteration, if it is one."""
+        start = self.consts + self.carry
+        inputs = self.body.inputs
+        return next((self.equation.inputs[j] for j in range(start, len(inputs)) if inputs[j] is name), None)
+
+
+def moving_names(program: Program, moving: Iterable[Name]) -> set[Name]:
+    """All names, in the program and in the bodies of its scans, that depend on the given inputs."""
+    found = set(moving)
+    for equation in program.equations:
+        flags = [x in found for x in equation.inputs]
+        if equation.body is None:
+            found.update(equation.outputs if any(flags) else ())
+            continue
+        scan = Scan.of(equation)
+        while True:  # until no further carry starts to move
+            inside = moving_names(scan.body, [x for x, on in zip(scan.body.inputs, flags, strict=True) if on])
+            out = [x in inside for x in scan.body.outputs]
+            grown = [a or b for a, b in zip(flags[scan.consts : scan.consts + scan.carry], out, strict=False)]
+            if grown == flags[scan.consts : scan.consts + scan.carry]:
+                break
+            flags[scan.consts : scan.consts + scan.carry] = grown
+        found |= inside
+        found.update(x for x, on in zip(equation.outputs, out, strict=True) if on)
+    return found
+
+
+def expose(program: Program, outputs: Sequence[Operand]) -> Program:
+    """The program with other outputs, which may be names inside the bodies of its scans, and no equation in vain.
+
+    A name inside a scan comes out stacked over the iterations; the outermost scan is the first axis.
+    """
+    inner: dict[Name, Name] = {}
+    program = _export(program, {x for x in outputs if isinstance(x, Name)}, inner)
+    program = replace(program, outputs=[inner.get(x, x) if isinstance(x, Name) else x for x in outputs])
+    return _prune(program)
+
+
+def _export(program: Program, wanted: set[Name], inner: dict[Name, Name]) -> Program:
+    """Adds the wanted names of each scan's body to the scan's stacked results; `inner` maps them to those."""
+    equations = []
+    for equation in program.equations:
+        if equation.body is not None:
+            mine: dict[Name, Name] = {}
+            body = _export(equation.body, wanted, mine)
+            for name in wanted & _defined(equation.body):
+                mine.setdefault(name, name)
+            length = equation.params["length"]
+            stacked = {name: Name((length, *at.shape), at.dtype) for name, at in mine.items()}
+            body = replace(body, outputs=[*body.outputs, *mine.values()])
+            equation = replace(equation, body=body, outputs=[*equation.outputs, *stacked.values()])
+            inner.update(stacked)
+        equations.append(equation)
+    return replace(program, equations=equations)
+
+
+def _defined(program: Program) -> set[Name]:
+    return set(program.inputs).union(*(equation.outputs for equation in program.equations))
+
+
+def _prune(program: Program) -> Program:
+    live = {x for x in program.outputs if isinstance(x, Name)}
+    kept = []
+    for equation in reversed(program.equations):
+        if not live.intersection(equation.outputs):
+            continue
+        equation = equation if equation.body is None else _prune_scan(equation, live)
+        live.update(x for x in equation.inputs if isinstance(x, Name))
+        kept.append(equation)
+    return replace(program, equations=kept[::-1])
+
+
+def _prune_scan(equation: Equation, live: set[Name]) -> Equation:
+    """The scan without dead carries, stacked results and inputs."""
+    scan = Scan.of(equation)
+    carries = [x in live for x in equation.outputs[: scan.carry]]
+    stacked = [x in live for x in equation.outputs[scan.carry :]]
+    while True:  # until the live carries need no further carry
+        body = _prune(replace(scan.body, outputs=_chosen(scan.body.outputs, carries + stacked)))
+        read = {x for inner in body.equations for x in inner.inputs} | set(body.outputs)
+        used = [x in read for x in body.inputs]
+        grown = [a or b for a, b in zip(carries, used[scan.consts :], strict=False)]
+        if grown == carries:
+            break
+        carries = grown
+    keep = used[: scan.consts] + carries + used[scan.consts + scan.carry :]
+    counts = {"num_consts": sum(used[: scan.consts]), "num_carry": sum(carries)}
+    body = replace(body, inputs=_chosen(body.inputs, keep))
+    return replace(
+        equation,
+        inputs=_chosen(equation.inputs, keep),
+        outputs=_chosen(equation.outputs, carries + stacked),
+        params=equation.params | counts,
+        body=body,
+    )
+
+
+def _chosen(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    return [x for x, on in zip(items, flags, strict=True) if on]
+
+
+def run(program: Program, *args: Any) -> list[Any]:
+    """The program's outputs for these inputs."""
+    return evaluate(program, dict(zip(program.inputs, args, strict=True)), program.outputs)
+
+
+def evaluate(program: Program, known: dict[Name, Any], outputs: Sequence[Operand]) -> list[Any]:
+    """The values of `outputs` from known values, by every equation whose inputs are known."""
+    env = dict(known)
+
+    def value(x: Operand) -> Any:
+        return x.value if isinstance(x, Constant) else env[x]
+
+    for equation in program.equations:
+        if all(isinstance(x, Constant) or x in env for x in equation.inputs):
+            apply = equation.apply if equation.body is None else _loop(equation)
+            results = apply(*map(value, equation.inputs))
+            results = results if isinstance(results, (tuple, list)) else [results]
+            env.update(zip(equation.outputs, results, strict=True))
+    return [value(x) for x in outputs]
+
+
+def _loop(equation: Equation) -> Callable[..., list[Any]]:
+    scan = Scan.of(equation)
+
+    def apply(*values):
+        consts, init = values[: scan.consts], values[scan.consts : scan.consts + scan.carry]
+
+        def step(carry, xs):
+            out = run(scan.body, *consts, *carry, *xs)
+            carry = tuple(jax.numpy.asarray(y, x.dtype) for x, y in zip(carry, out, strict=False))
+            return carry, tuple(jax.numpy.asarray(y) for y in out[scan.carry :])
+
+        options = {key: equation.params[key] for key in ("length", "reverse", "unroll")}
+        carry, ys = jax.lax.scan(step, tuple(init), tuple(values[scan.consts + scan.carry :]), **options)
+        return [*carry, *ys]
+
+    return apply

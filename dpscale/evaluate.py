@@ -1,0 +1,76 @@
+"""Held-out metrics: any number of examples, split over all devices, padded rows masked out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from dpscale.batching import BatchLayout
+from dpscale.data.source import ExampleSource
+from dpscale.mesh import DATA_AXIS, local_positions, place_rows, replicated, split
+
+
+class Evaluator:
+    """Means of per-example metrics over all examples of a source.
+
+    Args:
+        metrics: `metrics(params, example) -> dict of float scalars` of one example.
+        physical_batch_size: rows per device at once.
+
+    Each process reads the rows of its own devices only. Every example counts once; padding never does.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        metrics: Callable[[Any, Any], dict[str, jax.Array]],
+        source: ExampleSource,
+        physical_batch_size: int,
+    ) -> None:
+        per_device = min(physical_batch_size, -(-len(source) // mesh.size))
+        self._layout = BatchLayout(per_device, mesh.size)
+        self._mesh = mesh
+        self._source = source
+        self._indices = np.arange(len(source))
+        self._add = _accumulator(mesh, metrics)
+        self._total = jax.jit(lambda sums: jax.tree.map(lambda x: x.sum(0), sums), out_shardings=replicated(mesh))
+        self._metrics = metrics
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Means over all examples, by the metrics' names; blocks until they are known."""
+        sums = None
+        for k in range(self._layout.accumulations(len(self._source))):
+            ids, mask = self._layout.rows(self._indices, k, local_positions(self._mesh))
+            batch = {name: place_rows(self._mesh, column) for name, column in self._source.rows(ids).items()}
+            if sums is None:
+                sums = self._zeros(params, batch)
+            sums = self._add(params, sums, batch, place_rows(self._mesh, mask))
+        totals = jax.device_get(self._total(sums))
+        return {name: float(total) / len(self._source) for name, total in totals.items()}
+
+    def _zeros(self, params: Any, batch: Any) -> Any:
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+        names = jax.eval_shape(self._metrics, params, example)
+        devices = self._mesh.size
+        make = jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(devices, jnp.float32), names), out_shardings=split(self._mesh)
+        )
+        return make()
+
+
+def _accumulator(mesh: Mesh, metrics: Callable[[Any, Any], dict[str, jax.Array]]):
+    def on_one_device(params, sums, batch, mask):
+        values = jax.vmap(metrics, (None, 0))(params, batch)
+        return jax.tree.map(lambda s, v: s + jnp.sum(jnp.where(mask, v.astype(jnp.float32), 0.0))[None], sums, values)
+
+    mine, everywhere = P(DATA_AXIS), P()
+    mapped = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=(everywhere, mine, mine, mine), out_specs=mine, check_vma=False
+    )
+    return jax.jit(mapped, donate_argnums=(1,))

@@ -1,0 +1,83 @@
+"""Feed: the physical batches of each step, on the devices, read ahead while the devices work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpscale.batching import BatchLayout
+from dpscale.config import DataSection
+from dpscale.data.loader import Loader, PhysicalBatch
+from dpscale.data.resident import Resident, load_resident
+from dpscale.data.source import ExampleSource, empty_rows
+from dpscale.data.transforms import id_words
+from dpscale.mesh import local_positions, place_rows, replicated
+from dpscale.sampling import PoissonSampler
+from dpscale.step import Rows
+
+
+class Feed:
+    """What `training_steps` draws from: `batches(step)`, for consecutive steps from `start_step` on.
+
+    `table`: the whole data set on the devices (`data.residence = "device"`), or {} when rows come from the host.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        source: ExampleSource,
+        sampler: PoissonSampler,
+        layout: BatchLayout,
+        *,
+        attempt: int,
+        start_step: int,
+        stop_step: int,
+        data: DataSection,
+    ) -> None:
+        self._mesh, self._sampler, self._attempt = mesh, sampler, attempt
+        resident = data.residence == "device"
+        self._positions = local_positions(mesh)
+        self._local_rows = len(self._positions) * layout.physical_batch_size
+        self.table: Resident = load_resident(source, replicated(mesh)) if resident else {}
+        self._loader = Loader(
+            source,
+            sampler,
+            layout,
+            self._positions,
+            planned_accumulations=layout.planned_accumulations(sampler.expected_batch_size, sampler.batch_size_std),
+            start_step=start_step,
+            stop_step=stop_step,
+            attempt=attempt,
+            num_threads=data.num_threads,
+            resident=resident,
+        )
+        self._steps = iter(self._loader)
+        self._empty = {"index": np.zeros(0, np.int32)} if resident else empty_rows(source.metadata, 0)
+
+    def batches(self, step: int) -> Iterator[Rows]:
+        """The physical batches of `step`, the next one in order; none for an empty draw."""
+        logical = next(self._steps)
+        assert logical.step == step, f"asked for step {step}, the loader is at {logical.step}"
+        for batch in logical:
+            yield self._place(batch)
+
+    def blank(self) -> Rows:
+        """A physical batch of padding, to compile for: all that matters is its shapes."""
+        rows = self._local_rows
+        arrays = {name: np.zeros((rows, *array.shape[1:]), array.dtype) for name, array in self._empty.items()}
+        return self._place(PhysicalBatch(np.zeros(rows, np.int64), np.zeros(rows, bool), arrays))
+
+    def draw_digest(self, step: int) -> bytes:
+        """16 bytes that tell one draw of a step from another; sensitive."""
+        return self._sampler.digest(step, self._attempt)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._loader.close()
+
+    def _place(self, batch: PhysicalBatch) -> Rows:
+        arrays: dict[str, jax.Array] = {name: place_rows(self._mesh, array) for name, array in batch.arrays.items()}
+        return Rows(arrays, place_rows(self._mesh, id_words(batch.ids)), place_rows(self._mesh, batch.mask))

@@ -1,0 +1,124 @@
+"""Recorder: what a run tells, and to whom: the two streams, the status, the bar, TensorBoard and the plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from dpscale.config import RunConfig
+from dpscale.metrics.plot import plot_run
+from dpscale.metrics.progress import ProgressBar
+from dpscale.metrics.records import read_records
+from dpscale.metrics.status import write_status
+from dpscale.metrics.streams import PublicStream, SensitiveStream
+from dpscale.metrics.tensorboard import TensorBoardWriter
+from dpscale.privacy.plan import PrivacyPlan
+
+
+class Recorder:
+    """One process's metrics; all but process 0 make theirs with `enabled=False`, and it then does nothing."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, plan: PrivacyPlan, *, enabled: bool) -> None:
+        self._run_dir, self._config, self._plan, self._enabled = run_dir, config, plan, enabled
+        self._public = PublicStream(run_dir, validation_is=config.data.validation_is, enabled=enabled)
+        self._sensitive = SensitiveStream(run_dir, enabled=enabled and config.metrics.sensitive)
+        self._tensorboard = TensorBoardWriter(run_dir) if enabled and config.metrics.tensorboard else None
+        if self._tensorboard is not None:
+            self._public.on_commit(self._tensorboard)
+        self._recorded_step = -1
+        self._attempt = 0
+        self.durable_step: int | None = None
+
+    def recover(self, durable_step: int | None, attempt: int) -> None:
+        """On start: release what the restored checkpoint covers, drop what will be made again."""
+        self._attempt, self.durable_step = attempt, durable_step
+        self._public.recover(durable_step)
+        self._sensitive.recover(durable_step)
+        public = self._run_dir / "metrics" / "public.jsonl"
+        if public.exists():
+            mine = [int(record["step"] or 0) for record in read_records(public) if record.get("attempt") == attempt]
+            self._recorded_step = max(mine, default=-1)
+
+    def evaluated(
+        self, step: int, epsilon: float | None, learning_rate: float, validation: Mapping[str, float], examples: int
+    ) -> None:
+        """Record one evaluation; nothing of it is public before a checkpoint of this or a later step is durable."""
+        if step <= self._recorded_step:
+            return  # a finished run was started again: its last record is there
+        self._recorded_step = step
+        values: dict[str, Any] = {"attempt": self._attempt, "learning_rate": learning_rate}
+        if epsilon is not None:
+            values |= {"epsilon": epsilon, "delta": self._plan.delta}
+        held_out = {f"validation_{name}": mean for name, mean in validation.items() if name in ("loss", "accuracy")}
+        if held_out:
+            held_out["validation_examples"] = examples
+        if self._config.data.validation_is == "public":
+            values |= held_out
+        elif held_out:
+            self._sensitive.write(step, **held_out)
+        self._public.write(step, **values)
+
+    def arrived(self, step: int, statistics: Any) -> None:
+        """Record one step's statistics in the sensitive stream (`dpscale.step.Statistics`)."""
+        finite = max(statistics.examples - statistics.nonfinite, 1.0)
+        self._sensitive.write(
+            step,
+            train_loss=statistics.loss / finite,
+            batch_size=int(statistics.examples),
+            clip_fraction=statistics.clipped / finite,
+            mean_norm=statistics.norm / finite,
+            nonfinite_examples=int(statistics.nonfinite),
+        )
+
+    def commit(self, step: int) -> None:
+        """A checkpoint of `step` is durable: what it covers becomes public."""
+        self.durable_step = step
+        self._public.commit(step)
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def status(self, state: str, step: int, epsilon: float | None) -> None:
+        """Replace RUN/status.json."""
+        if self._enabled:
+            write_status(
+                self._run_dir,
+                state=state,
+                step=step,
+                steps=self._plan.steps,
+                epsilon=epsilon,
+                delta=self._plan.delta if self._plan.enabled else None,
+                attempt=self._attempt,
+                checkpoint_step=self.durable_step,
+            )
+
+    def progress(self, first: int, last: int, *, shown: bool) -> AbstractContextManager[ProgressBar]:
+        """A bar for steps first to last; it draws nothing unless `shown`."""
+        bar = ProgressBar(
+            last,
+            self._plan.expected_batch_size,
+            epsilon_allowed=self._plan.epsilon_target,
+            private=self._plan.enabled,
+            start_step=first,
+        )
+        return bar if shown else nullcontext(bar)
+
+    def shown_accuracy(self, validation: Mapping[str, float]) -> float | None:
+        """Held-out accuracy as far as it may be shown: public, or asked for with metrics.sensitive."""
+        may = self._config.data.validation_is == "public" or self._config.metrics.sensitive
+        return validation.get("accuracy") if may else None
+
+    def plot(self) -> Path | None:
+        """Draw the public records to RUN/plot.svg; None where matplotlib is missing or nothing was recorded."""
+        try:
+            return plot_run(self._run_dir, epsilon_allowed=self._plan.epsilon_target, path=self._run_dir / "plot.svg")
+        except ImportError:
+            return None
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._public.close()
+        self._sensitive.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()

@@ -1,0 +1,60 @@
+"""What else than the plan decides a step's output: config, loss, versions. A change of it must not reuse noise."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpscale.config import RunConfig
+
+# Sections and keys that change no gradient, no noise and no update: they may change from one start to the next.
+FREE = {"performance": None, "checkpoint": None, "metrics": None, "run": {"name"}, "data": {"residence", "num_threads"}}
+PACKAGES = ("dpscale", "jax", "jaxlib", "flax", "optax", "numpy")
+_ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+def program_facts(config: RunConfig, loss: Callable[..., Any], params: Any, example: Any, uses_key: bool) -> dict:
+    """Flat, JSON-like facts; two starts of a run with equal facts compute the same step functions.
+
+    The loss enters as the digest of its program for one example, so that an edit of the model's or the loss's code is
+    seen, and so are constants that it closes over. Nothing here derives from training data.
+    """
+    facts: dict[str, Any] = {}
+    for section, values in config.model_dump(exclude_none=True).items():
+        free = FREE.get(section, set())
+        if free is not None and section != "privacy":  # the plan holds what [privacy] says
+            facts |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
+    facts["performance.compute_dtype"] = config.performance.compute_dtype
+    facts["loss"] = _program_digest(loss, params, example, uses_key)
+    facts |= {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    return json.loads(json.dumps(facts))
+
+
+def digest(facts: dict) -> str:
+    """SHA-256 of the facts, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """One "key: old -> new" for each fact that differs."""
+    keys = sorted(old.keys() | new.keys())
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _program_digest(loss: Callable[..., Any], params: Any, example: Any, uses_key: bool) -> str:
+    key = (jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)),) if uses_key else ()
+    program = jax.make_jaxpr(loss)(params, example, *key)
+    text = _ADDRESS.sub("", str(program.jaxpr))
+    hasher = hashlib.sha256(text.encode())
+    for constant in program.consts:
+        is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
+        hasher.update(np.asarray(jax.random.key_data(constant) if is_key else constant).tobytes())
+    return hasher.hexdigest()

@@ -1,0 +1,115 @@
+"""What is trained: initial parameters, the per-example loss, and held-out metrics, from a config or from the user."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpscale.config import RunConfig
+from dpscale.data.source import FEATURES, LABEL, SourceMetadata
+from dpscale.data.transforms import Transform, build_transform
+from dpscale.errors import InputError
+from dpscale.losses import Metrics, classification_loss, classification_metrics, regression_loss, regression_metrics
+from dpscale.models import as_functional, build_model
+
+
+@dataclass(frozen=True)
+class Task:
+    """`loss(params, example)` or, where `uses_key`, `loss(params, example, key)`: a float scalar for ONE example.
+
+    `params`: the initial parameters, float32 leaves, the same on every process (they depend on run.seed, the model
+    and the examples' shape). `metrics(params, example)`: float scalars, averaged over the held-out examples.
+    """
+
+    params: Any
+    loss: Callable[..., jax.Array]
+    uses_key: bool
+    metrics: Metrics
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params))
+
+
+def build_task(
+    config: RunConfig,
+    metadata: SourceMetadata,
+    model: Any = None,
+    loss: Callable[..., jax.Array] | None = None,
+) -> Task:
+    """The task that `config` names, or the user's own model and loss.
+
+    Args:
+        model: a flax module (linen or nnx) for one example, or a pytree of initial parameters; None: the config's.
+        loss: `loss(params, example)` or `loss(params, example, key)`, for one example {"features": .., "label": ..} as
+            stored (no transform is applied); None: cross entropy of the model's output, or squared error where labels
+            are values.
+
+    Raises: InputError where model and loss do not fit together, or a model works across examples.
+    """
+    if _is_params(model):
+        if loss is None:
+            raise InputError("model is a pytree of parameters, so loss must be given: loss(params, example) -> scalar")
+        params = jax.tree.map(jnp.asarray, model)
+        return _own_loss(params, loss)
+    transform = build_transform(config.data, metadata)
+    if model is None:
+        outputs = metadata.num_classes if metadata.label_kind == "class" else int(np.prod(metadata.label_shape)) or 1
+        model = build_model(
+            config.model.name, outputs, compute_dtype=config.performance.compute_dtype, **config.model.options
+        )
+    functional = as_functional(model, _model_input(transform, metadata, raw=loss is not None), seed=config.run.seed)
+    if loss is not None:
+        return _own_loss(functional.params, loss)
+    if metadata.label_kind == "class":
+        own = classification_loss(functional.apply, transform, label_smoothing=config.training.label_smoothing)
+        return Task(functional.params, own, True, classification_metrics(functional.apply, transform))
+    own = regression_loss(functional.apply, transform)
+    return Task(functional.params, own, True, regression_metrics(functional.apply, transform))
+
+
+def example_shapes(metadata: SourceMetadata) -> dict[str, jax.ShapeDtypeStruct]:
+    """One example as the loss sees it."""
+    return {
+        FEATURES: jax.ShapeDtypeStruct(metadata.feature_shape, metadata.feature_dtype),
+        LABEL: jax.ShapeDtypeStruct(metadata.label_shape, metadata.label_dtype),
+    }
+
+
+def _own_loss(params: Any, loss: Callable[..., jax.Array]) -> Task:
+    positional = [
+        parameter
+        for parameter in inspect.signature(loss).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    required = sum(parameter.default is parameter.empty for parameter in positional)
+    if len(positional) < 2 or required > 3:
+        raise InputError(
+            f"loss takes {len(positional)} arguments: write loss(params, example) or loss(params, example, key)"
+        )
+    uses_key = len(positional) >= 3
+
+    def metrics(params: Any, example: Any) -> dict[str, jax.Array]:
+        key = (jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)),) if required == 3 else ()
+        return {"loss": loss(params, example, *key)}
+
+    return Task(params, loss, uses_key, metrics)
+
+
+def _is_params(model: Any) -> bool:
+    return isinstance(model, dict | list | tuple)
+
+
+def _model_input(transform: Transform, metadata: SourceMetadata, *, raw: bool) -> jax.ShapeDtypeStruct:
+    stored = jax.ShapeDtypeStruct(metadata.feature_shape, metadata.feature_dtype)
+    if not raw:
+        return jax.eval_shape(lambda x: transform(x, None), stored)
+    # The user's own loss prepares the features; float32 is what nearly every module is initialised with.
+    floating = jnp.issubdtype(stored.dtype, jnp.floating) or stored.dtype == jnp.uint8
+    return jax.ShapeDtypeStruct(stored.shape, jnp.float32) if floating else stored

@@ -1,0 +1,355 @@
+"""train(): one run, top to bottom: build, open, restore, loop, close."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dpscale.baseline import summed_grad
+from dpscale.batching import BatchLayout
+from dpscale.checkpoint import Checkpoints
+from dpscale.clipping import clipped_grad
+from dpscale.config import RunConfig, load_config
+from dpscale.data.open import as_source, open_source
+from dpscale.data.source import ExampleSource
+from dpscale.distributed import Membership, check_agreement, decided_by_process_zero, initialize, is_main
+from dpscale.errors import InputError
+from dpscale.evaluate import Evaluator
+from dpscale.feed import Feed
+from dpscale.lease import Lease
+from dpscale.loop import StepKeys, training_steps
+from dpscale.mesh import data_mesh, place_replicated, replicated
+from dpscale.metrics.recorder import Recorder
+from dpscale.optimizer import learning_rate_schedule, make_optimizer
+from dpscale.privacy.ledger import Ledger
+from dpscale.program import program_facts
+from dpscale.replicas import ReplicaCheck
+from dpscale.run_directory import RunDirectory
+from dpscale.sampling import PoissonSampler
+from dpscale.session import Briefing, ledger_facts, open_session
+from dpscale.state import TrainState
+from dpscale.step import StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
+from dpscale.stopping import StopRequests
+from dpscale.task import Task, build_task, example_shapes
+
+# Steps charged ahead where checkpoint.every_steps does not say: what a SIGKILL can leave charged until the resume.
+DEFAULT_RANGE_STEPS = 100
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    `state`: "finished", or "stopped" when it was asked to stop and saved. `params`: NumPy leaves. `epsilon`: spent at
+    `delta`, from the ledger; None without privacy. `epsilon_planned`: at the planned end, which is what holds when the
+    stop was chosen by looking at outputs. `validation`: held-out means ("loss", "accuracy"), {} without held-out data.
+    """
+
+    state: Literal["finished", "stopped"]
+    stop_reason: str | None
+    step: int
+    steps: int
+    epsilon: float | None
+    epsilon_planned: float | None
+    delta: float | None
+    validation: dict[str, float]
+    params: Any
+    run_dir: Path
+    checkpoint: Path | None
+    metrics: Path
+    plot: Path | None
+
+
+def train(
+    config: RunConfig | str | os.PathLike[str],
+    run_dir: str | os.PathLike[str] | None = None,
+    *,
+    model: Any = None,
+    loss: Callable[..., jax.Array] | None = None,
+    train_data: Any = None,
+    validation_data: Any = None,
+    new_attempt: bool = False,
+    report: Callable[[str], None] = print,
+    progress: bool = True,
+) -> TrainResult:
+    """Train with differential privacy as `config` says, or go on from where `run_dir` was left.
+
+    Args:
+        config: a RunConfig, or the path of a TOML file.
+        run_dir: everything that the run keeps; default runs/NAME. Calling again resumes.
+        model: a flax module (linen or nnx) for one example, or a pytree of parameters; None: the config's model.
+        loss: `loss(params, example)` or `loss(params, example, key)` of one example; None: chosen by the labels.
+        train_data, validation_data: an ExampleSource, (features, labels) as NumPy arrays, or a dict of them with the
+            keys "features" and "label"; None: what the config names.
+        new_attempt: go on although the program changed, with fresh batches and noise, charged on top.
+        report: takes one line of text for the owner; called on process 0 only.
+        progress: show a bar (plain lines when not on a terminal) on process 0.
+
+    Guarantees: the sampler, the clip bound, the noise and epsilon come from one plan. Killed at any moment and called
+    again, on any number of processes and devices, it uses the same draws and noise for steps whose results were never
+    released, and charges every other repetition. No public metric of a step is written before a checkpoint of that or
+    a later step is durable.
+
+    Raises: InputError for a config, data or run directory that cannot be used; PrivacyError when going on would make
+        the privacy statement untrue.
+    """
+    config = config if isinstance(config, RunConfig) else load_config(config)
+    _configure_jax(config)
+    initialize(Membership.from_environment())
+    directory = RunDirectory.at(run_dir or Path("runs") / config.run.name)
+    source = _source(config, train_data, config.data.train, "train")
+    held_out = None
+    if validation_data is not None or config.data.validation:
+        held_out = _source(config, validation_data, config.data.validation or "", "validation")
+    task = build_task(config, source.metadata, model, loss)
+    with ExitStack() as stack:
+        run = _Run(config, directory, source, held_out, task, report if is_main() else lambda line: None, stack)
+        run.open(new_attempt=new_attempt)
+        run.build()
+        run.loop(progress=progress and is_main())
+        return run.close()
+
+
+class _Run:
+    """The parts of one call of `train`, in the order in which they come to be: open, build, loop, close."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        source: ExampleSource,
+        held_out: ExampleSource | None,
+        task: Task,
+        report: Callable[[str], None],
+        stack: ExitStack,
+    ) -> None:
+        self.config, self.directory, self.source, self.held_out = config, directory, source, held_out
+        self.task, self.report, self.stack = task, report, stack
+        self.mesh = data_mesh()
+        self.ledger: Ledger | None = None  # process 0 only
+        self.range_end = 0
+        self.saved_at = time.monotonic()
+        self.validation: dict[str, float] = {}
+        self.stop_reason: str | None = None
+
+    def open(self, *, new_attempt: bool) -> None:
+        """Let process 0 take the lease and decide; then everyone knows plan, secret, attempt and first step."""
+        self.stops = StopRequests(self.directory.stop)
+        self.stops.install()
+        self.stack.callback(self.stops.restore)
+        self.checkpoints = Checkpoints(self.directory.checkpoints, self.config.checkpoint.keep)
+        self.stack.callback(self.checkpoints.close)
+        example = example_shapes(self.source.metadata)
+        self.program = program_facts(self.config, self.task.loss, self.task.params, example, self.task.uses_key)
+
+        def decide() -> dict[str, Any]:
+            self.directory.prepare()
+            lease = Lease(self.directory.lease)
+            lease.acquire()
+            self.stack.callback(lease.release)
+            self.directory.stop.unlink(missing_ok=True)
+            briefing, self.ledger = open_session(
+                self.directory,
+                self.config,
+                len(self.source),
+                self.source.fingerprint_parts(),
+                self.program,
+                self.checkpoints,
+                new_attempt=new_attempt,
+                report=self.report,
+            )
+            return briefing.to_json()
+
+        self.briefing = Briefing.from_json(decided_by_process_zero(decide))
+        self.plan = self.briefing.plan
+        for warning in self.plan.warnings:
+            self.report(f"warning: {warning}")
+        self.metrics = Recorder(self.directory.root, self.config, self.plan, enabled=is_main())
+        self.stack.callback(self.metrics.close)
+
+    def build(self) -> None:
+        """Compile both step functions for their one shape, and place the state of the first step."""
+        privacy, performance = self.config.privacy, self.config.performance
+        sampler = PoissonSampler(
+            self.plan.num_examples,
+            self.plan.sampling_rate,
+            self.briefing.secret.derive("sampling"),
+            self.plan.max_batch_size,
+        )
+        layout = BatchLayout(performance.physical_batch_size, self.mesh.size)
+        self.feed = Feed(
+            self.mesh,
+            self.source,
+            sampler,
+            layout,
+            attempt=self.briefing.attempt,
+            start_step=self.briefing.start_step,
+            stop_step=self.briefing.last_step,
+            data=self.config.data,
+        )
+        self.stack.callback(self.feed.close)
+        optimizer = make_optimizer(self.config.optimizer, self.plan.steps)
+        self.schedule = learning_rate_schedule(self.config.optimizer, self.plan.steps)
+        if self.plan.enabled:
+            summed = clipped_grad(self.task.loss, clip_norm=privacy.clip_norm, method=performance.clipping_method)
+        else:
+            summed = summed_grad(self.task.loss)
+        accumulate = build_accumulate(self.mesh, summed, privacy.clip_norm, self.task.uses_key)
+        finalize = build_finalize(self.mesh, self.plan, optimizer)
+        state = TrainState.create(self.task.params, optimizer)
+        if self.briefing.restore:
+            everywhere = replicated(self.mesh)
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
+            self.state = self.checkpoints.restore(self.briefing.start_step, abstract)
+            self.report(f"resumed from the checkpoint of step {self.briefing.start_step}")
+        else:
+            self.state = place_replicated(self.mesh, state)
+        self.functions: StepFunctions = compile_steps(
+            accumulate, finalize, self.mesh, self.state, self.feed.table, self.feed.blank()
+        )
+        self.check_replicas = ReplicaCheck(self.mesh)
+        if self.held_out is not None:
+            self.evaluator = Evaluator(
+                self.mesh, self.task.metrics, self.held_out, self.config.performance.physical_batch_size
+            )
+        self.metrics.recover(self.briefing.start_step if self.briefing.restore else None, self.briefing.attempt)
+
+    def loop(self, *, progress: bool) -> None:
+        """Run the steps; evaluate, save and record as the config says."""
+        first, last = self.briefing.start_step, self.briefing.last_step
+        every = self.config.training.evaluate_every_steps
+        with self.metrics.progress(first, last, shown=progress) as bar:
+            for info in training_steps(
+                self.functions,
+                self.state,
+                self.feed.table,
+                self.feed.batches,
+                StepKeys(self.briefing.secret, self.briefing.attempt),
+                range(first, last),
+                self._charge,
+                self._requests,
+                self.metrics.arrived,
+            ):
+                self.state = info.state
+                bar.update(info.step, self._epsilon(info.step))
+                if every and info.step % every == 0 and info.step < last:
+                    bar.update(info.step, accuracy=self._evaluate(info.step))
+                if info.save or self._is_due(info.step):
+                    self._save(info.step)
+                if is_main():
+                    self._commit(self.checkpoints.poll())
+            self.stop_reason = self.stops.reason
+            bar.update(self._step(), self._epsilon(self._step()), accuracy=self._evaluate(self._step()))
+
+    def close(self) -> TrainResult:
+        """Save the last state, commit what it covers, and say how the run ended."""
+        step, last = self._step(), self.briefing.last_step
+        if self.metrics.durable_step != step or not is_main():
+            self._save(step)
+        durable = self.checkpoints.wait()
+        self._commit(durable)
+        finished = step >= last
+        plot = None
+        if is_main():
+            self.metrics.status("finished" if finished else "stopped", step, self._epsilon(step))
+            plot = self.metrics.plot()
+            if finished:
+                self.directory.write_json(self.directory.finished, {"step": step, "epsilon": self._epsilon(step)})
+        return TrainResult(
+            state="finished" if finished else "stopped",
+            stop_reason=None if finished else self.stop_reason or "another process was asked to stop",
+            step=step,
+            steps=self.plan.steps,
+            epsilon=self._epsilon(step),
+            epsilon_planned=self._epsilon(last),
+            delta=self.plan.delta if self.plan.enabled else None,
+            validation=self.validation,
+            params=jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), self.state.params),
+            run_dir=self.directory.root,
+            checkpoint=self.directory.checkpoints / str(step),
+            metrics=self.directory.root / "metrics" / "public.jsonl",
+            plot=plot,
+        )
+
+    def _step(self) -> int:
+        return int(self.state.step.addressable_data(0))
+
+    def _epsilon(self, step: int) -> float | None:
+        return self.plan.epsilon_after(self.briefing.charged_at(step)) if self.plan.enabled else None
+
+    def _charge(self, step: int) -> None:
+        """Before the first dispatch of a range: all processes agree on it, and it is in the ledger.
+
+        No process can finish a step of the range before process 0 takes part in its reduction, which is after this.
+        """
+        if step < self.range_end:
+            return
+        length = self.config.checkpoint.every_steps or DEFAULT_RANGE_STEPS
+        self.range_end = min((step // length + 1) * length, self.briefing.last_step)
+        self.check_replicas(self.state.params)
+        check_agreement(f"the draw of step {step}", self.feed.draw_digest(step), "All must run one version.")
+        if self.ledger is not None:
+            facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
+            self.ledger.open_range(self.briefing.attempt, step, self.range_end, facts)
+            self.metrics.status("running", step, self._epsilon(step))
+
+    def _requests(self) -> jax.Array:
+        every_s = self.config.checkpoint.every_s
+        save = is_main() and every_s is not None and time.monotonic() - self.saved_at >= every_s
+        if save:
+            self.saved_at = time.monotonic()  # one request, not one a step until it is read
+        return requests_array(self.mesh, stop=self.stops.reason is not None, save=save)
+
+    def _is_due(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every is not None and step % every == 0
+
+    def _evaluate(self, step: int) -> float | None:
+        """Evaluate and record; the held-out accuracy as far as it may be shown."""
+        if self.held_out is not None:
+            means = self.evaluator(self.state.params)
+            self.validation = {"accuracy" if name == "correct" else name: mean for name, mean in means.items()}
+        rate = float(np.asarray(self.schedule(step)))
+        examples = len(self.held_out) if self.held_out is not None else 0
+        self.metrics.evaluated(step, self._epsilon(step), rate, self.validation, examples)
+        return self.metrics.shown_accuracy(self.validation)
+
+    def _save(self, step: int) -> None:
+        if is_main():
+            self._commit(self.checkpoints.wait())
+        head = self.ledger.head if self.ledger is not None else None
+        self.checkpoints.save(step, self.state, {"attempt": self.briefing.attempt, "ledger_head": head})
+        self.saved_at = time.monotonic()
+
+    def _commit(self, durable: int | None) -> None:
+        """A checkpoint of step `durable` is on disk: lower the charge to it, and let its metrics out."""
+        if durable is None or self.ledger is None:
+            return
+        self.ledger.close(self.briefing.attempt, durable)
+        self.metrics.commit(durable)
+        self.metrics.status("running", durable, self._epsilon(durable))
+
+
+def _source(config: RunConfig, given: Any, spec: str, which: str) -> ExampleSource:
+    if given is not None:
+        return as_source(given, num_classes=config.data.num_classes)
+    if not spec:
+        raise InputError(f"data.{which} is not set and no {which}_data was given: name a data set in the config")
+    data = config.data
+    return open_source(spec, features_key=data.features_key, labels_key=data.labels_key, num_classes=data.num_classes)
+
+
+def _configure_jax(config: RunConfig) -> None:
+    """Settings that must come before the first use of a device."""
+    if config.performance.deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    if config.performance.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.performance.compilation_cache).expanduser()))
