@@ -1,5 +1,6 @@
 """Examples held in NumPy arrays: given from Python, in an .npz file, or memory-mapped from .npy files."""
 
+import mmap
 import zipfile
 from pathlib import Path
 
@@ -148,7 +149,9 @@ def open_npy_pair(features: Path, labels: Path, *, num_classes: int | None = Non
     ArraySource refuses.
     """
     name = str(features.parent) if features.parent == labels.parent else str(features)
-    return ArraySource(_map(features), _map(labels), num_classes=num_classes, name=name)
+    rows = _map(features)
+    _expect_scattered_reads(rows)
+    return ArraySource(rows, _map(labels), num_classes=num_classes, name=name)
 
 
 def _map(path: Path) -> np.ndarray:
@@ -161,6 +164,16 @@ def _map(path: Path) -> np.ndarray:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise InputError(_unreadable(path, error)) from error
+
+
+def _expect_scattered_reads(array: np.ndarray) -> None:
+    """Tells the system not to read ahead around small rows: a Poisson draw takes rows from all over the file.
+
+    Rows of many pages keep the read-ahead, which then fetches the row's own next pages.
+    """
+    pages = isinstance(array.base, mmap.mmap) and array.nbytes // max(1, len(array)) <= 4 * mmap.PAGESIZE
+    if pages and hasattr(mmap, "MADV_RANDOM"):
+        array.base.madvise(mmap.MADV_RANDOM)
 
 
 def _check_format(path: Path) -> None:
