@@ -23,7 +23,7 @@ PAIRS_PER_BLOCK = 5
 ELEMENTS_PER_BLOCK = 2 * PAIRS_PER_BLOCK
 MAX_ELEMENTS = ELEMENTS_PER_BLOCK * 2**32
 
-# Elements made at once: memory is a constant, about twelve times these bytes, whatever the length of the vector.
+# Elements made at once: temporary memory is about twelve bytes for each of these, whatever the length of the vector.
 CHUNK_ELEMENTS = 10 * 2**14
 
 # Shapes are indexed with int32 while jax keeps to 32 bits.

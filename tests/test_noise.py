@@ -238,8 +238,8 @@ def test_the_key_is_not_in_the_program():
 def test_temporary_memory_does_not_grow_with_the_vector(count):
     flat = jax.ShapeDtypeStruct((count,), jnp.float32)
     compiled = add.lower(flat, key_words(KEY), jnp.float32(1)).compile()
-    # Sixteen words for ten elements, before and after a double round, and the normals in both orders.
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * noise.CHUNK_ELEMENTS * (2 * 1.6 + 4)
+    # Measured: 11.3 bytes an element of a chunk, 1.9 MB; the shorter vector alone is 4 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3_000_000
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -247,11 +247,13 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_leaves_pairs_and_steps_are_uncorrelated_and_so_are_their_squares():
-    n = 400_000
+    chunk = noise.CHUNK_ELEMENTS
+    n = 2 * chunk + 80_000
     drawn, following = normals(n), normals(n, NEXT_KEY)
     both = {
         "same-shape leaves": (drawn[: n // 2], drawn[n // 2 :]),
         "cosine and sine": (drawn[::2], drawn[1::2]),
+        "chunks of one draw": (drawn[:chunk], drawn[chunk : 2 * chunk]),
         "neighbouring blocks": (drawn[:-10], drawn[10:]),
         "consecutive steps": (drawn, following),
     }
