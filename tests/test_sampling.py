@@ -212,6 +212,17 @@ def test_size_table_equals_exact_rational_arithmetic_from_the_safe_side(n, q):
     assert Fraction(q) - 8 * UNIT <= inclusion <= Fraction(q)
 
 
+@pytest.mark.parametrize(("n", "q"), [(400, 0.25), (700, 0.7), (2000, Fraction(1, 7))])
+def test_rounding_errors_never_raise_the_inclusion_probability(n, q, monkeypatch):
+    # With 6 guard bits in place of 64 the errors of the recurrence are many units, and must all be on the safe side.
+    monkeypatch.setattr("dpscale.sampling._GUARD_BITS", 6)
+    exact, denominator = exact_cumulative(n, Fraction(q))
+    table = table_cumulative(SizeTable(n, Fraction(q)), n)
+    excess = [t * denominator - (e << 128) for t, e in zip(table, exact, strict=True)]
+    assert min(excess) >= 0
+    assert max(excess) > 8 * denominator  # else this test would show nothing
+
+
 @pytest.mark.parametrize(("n", "q"), [(10**9, 1e-9), (10**9, 2.5e-5), (4500, 1024 / 4500), (60_000, 0.5)])
 def test_large_size_tables_equal_120_digit_arithmetic(n, q):
     table, start = SizeTable(n, Fraction(q)), 0
