@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rich.console
-    import rich.progress
+    import rich.live
 
 BAR_REFRESH_S = 0.1
 RATE_MEMORY = 0.9  # weight of a step's duration after one more step
@@ -59,7 +60,7 @@ class ProgressBar:
         self._accuracy: float | None = None
         self._pace = _Pace()
         self._shown_at = -float("inf")
-        self._bar: rich.progress.Progress | None = None
+        self._bar: rich.live.Live | None = None
         self._alive = False
 
     def __enter__(self) -> ProgressBar:
@@ -87,7 +88,7 @@ class ProgressBar:
         last = step >= self._steps
         if self._bar is not None:
             if last or accuracy is not None or now - self._shown_at >= BAR_REFRESH_S:
-                self._draw(self._bar)
+                self._bar.refresh()
                 self._shown_at = now
             return
         overdue = self._line_every_s is not None and now - self._shown_at >= self._line_every_s
@@ -97,29 +98,43 @@ class ProgressBar:
 
     def _start(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.live import Live
 
         if self._console is None:
             self._console = Console(file=sys.stderr)
+        # rich's own answer to a closed pipe is to end the program and to send stdout to /dev/null.
+        self._console.on_broken_pipe = _raise_broken_pipe
         self._shown_at = self._clock()
         if not self._console.is_terminal:
             return
-        columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
         # No refresh thread: it would draw while the run forks, compiles or dies.
-        bar = Progress(*columns, console=self._console, auto_refresh=False)
-        bar.add_task(self._text(), total=self._steps, completed=self._step)
-        bar.start()
-        self._bar = bar
+        self._bar = Live(console=self._console, auto_refresh=False, get_renderable=self._renderable)
+        self._bar.start(refresh=True)
 
     def _stop(self) -> None:
         if self._bar is not None:
-            self._draw(self._bar)
-            self._bar.stop()
+            self._bar.stop()  # draws once more
             self._bar = None
 
-    def _draw(self, bar: rich.progress.Progress) -> None:
-        bar.update(bar.task_ids[0], completed=self._step, description=self._text())
-        bar.refresh()
+    def _give_up(self) -> None:
+        """Hand stdout and stderr back, which rich's bar takes while it is up."""
+        self._alive = False
+        if self._bar is not None:
+            with contextlib.suppress(Exception):
+                self._bar.stop()
+            self._bar = None
+
+    def _renderable(self) -> rich.console.RenderableType:
+        from rich.progress_bar import ProgressBar as Bar
+        from rich.table import Table
+        from rich.text import Text
+
+        text = Text(self._text())  # under the bar: beside it, they would not fit on 80 columns
+        width = min(self._console.width, max(text.cell_len, 40)) if self._console else None
+        lines = Table.grid()
+        lines.add_row(Bar(total=self._steps, completed=min(self._step, self._steps), width=width))
+        lines.add_row(text)
+        return lines
 
     def _print_line(self) -> None:
         assert self._console is not None
@@ -128,21 +143,19 @@ class ProgressBar:
         self._console.file.flush()
 
     def _text(self) -> str:
-        parts = [f"step {self._step}/{self._steps}"]
         on_terminal = self._console is not None and self._console.is_terminal
-        if on_terminal if self._show_speed is None else self._show_speed:
-            parts += self._speed()
-        parts.append(self._privacy())
-        if self._accuracy is not None:
-            parts.append(f"held-out accuracy {100 * self._accuracy:.1f} %")
-        return ", ".join(parts)
+        show_speed = on_terminal if self._show_speed is None else self._show_speed
+        speed, left = self._speed() if show_speed else ("", "")
+        accuracy = "" if self._accuracy is None else f"held-out accuracy {100 * self._accuracy:.1f} %"
+        parts = (f"step {self._step}/{self._steps}", speed, self._privacy(), left, accuracy)
+        return ", ".join(part for part in parts if part)
 
-    def _speed(self) -> list[str]:
+    def _speed(self) -> tuple[str, str]:
         step_s = self._pace.step_s
         if not step_s:
-            return ["- examples/s"]
-        left = clock_time(max(self._steps - self._step, 0) * step_s)
-        return [f"{self._expected_batch_size / step_s:,.0f} examples/s", f"{left} left"]
+            return "- examples/s", ""
+        left_s = max(self._steps - self._step, 0) * step_s
+        return f"{self._expected_batch_size / step_s:,.0f} examples/s", f"{clock_time(left_s)} left"
 
     def _privacy(self) -> str:
         if not self._private:
@@ -157,7 +170,11 @@ class ProgressBar:
             action()
         except Exception:
             # The run is worth more than its bar: go on without one.
-            self._alive = False
+            self._give_up()
+
+
+def _raise_broken_pipe() -> None:
+    raise BrokenPipeError
 
 
 class _Pace:
