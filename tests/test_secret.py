@@ -50,9 +50,7 @@ def test_the_file_is_never_readable_by_others_not_even_while_it_is_made(tmp_path
 def test_file_and_directory_are_synced_before_create_returns(tmp_path, monkeypatch):
     synced = []
     real_fsync = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd))
-    )
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd)))
     RootSecret.create(tmp_path / "secret.key")
     assert synced == [str(tmp_path / "secret.key"), str(tmp_path)]
 
@@ -126,19 +124,13 @@ def test_a_missing_file_and_a_directory_are_errors_of_the_user(tmp_path):
 
 def test_derived_keys_never_change_between_versions():
     secret = RootSecret(KNOWN)
-    assert (
-        secret.derive("noise", 0, 0).hex()
-        == "1730dea35389eb77633dce66b81f5f4c9142f716cd3697dec3c40a690444d0d7"
-    )
+    assert secret.derive("noise", 0, 0).hex() == "1730dea35389eb77633dce66b81f5f4c9142f716cd3697dec3c40a690444d0d7"
     # By hand from the docstring, so that another implementation can be checked against it.
     message = b"\x05noise" + (4).to_bytes(8, "little") + (9).to_bytes(8, "little")
     by_hand = hashlib.blake2b(message, digest_size=32, key=KNOWN, person=b"dpscale/derive").digest()
     assert secret.derive("noise", 4, 9) == by_hand
     assert secret.derive("sampling", 3, 2**40 + 7, 16).hex() == "5c81603432f5d1e4f364faf5e4e924e3"
-    assert (
-        secret.mac("fingerprint", b"data")
-        == "4d7a3a191a53b266e741e9abf6f37ec2c875e8f8f380010e535833dd420e0349"
-    )
+    assert secret.mac("fingerprint", b"data") == "4d7a3a191a53b266e741e9abf6f37ec2c875e8f8f380010e535833dd420e0349"
     assert (
         RootSecret.from_insecure_seed(0).derive("noise").hex()
         == "5541f1f83b4ad7023f2f84315e8fb56a70f6608d3959ec23afb7dd8fb3338fe0"
@@ -149,9 +141,7 @@ def test_all_keys_over_steps_attempts_and_purposes_are_distinct():
     secret = RootSecret(KNOWN)
     steps = [*range(50), 255, 256, 2**16, 2**32, 2**32 + 1, 2**64 - 1]
     places = list(itertools.product(sorted(PURPOSES), steps[:8] + steps[50:], steps))
-    keys = {
-        secret.derive(*place)[:8] for place in places
-    }  # 64 bits suffice: a chance collision has odds 1e-12
+    keys = {secret.derive(*place)[:8] for place in places}  # 64 bits suffice: a chance collision has odds 1e-12
     assert len(keys) == len(places)
     assert secret.derive("noise", 1, 2) != secret.derive("noise", 2, 1)
     assert secret.derive("noise", 0, 0, 32) != secret.derive("noise", 0, 0, 64)[:32]
@@ -181,6 +171,14 @@ def test_insecure_seeds_keep_all_their_bits_and_are_marked():
     assert RootSecret.from_insecure_seed(7) == RootSecret.from_insecure_seed(7)
     with pytest.raises(InputError, match="non-negative"):
         RootSecret.from_insecure_seed(-1)
+
+
+def test_other_processes_get_the_same_secret_and_the_same_mark():
+    for secret in (RootSecret(KNOWN), RootSecret.from_insecure_seed(3)):
+        copied = RootSecret.from_process_zero(secret.for_other_processes(), insecure=secret.insecure)
+        assert copied == secret
+        assert copied.insecure == secret.insecure
+        assert copied.derive("noise", 1, 2) == secret.derive("noise", 1, 2)
 
 
 def test_nothing_printable_or_pickled_shows_the_secret():
