@@ -171,9 +171,10 @@ def _expect_scattered_reads(array: np.ndarray) -> None:
 
     Rows of many pages keep the read-ahead, which then fetches the row's own next pages.
     """
-    pages = isinstance(array.base, mmap.mmap) and array.nbytes // max(1, len(array)) <= 4 * mmap.PAGESIZE
-    if pages and hasattr(mmap, "MADV_RANDOM"):
-        array.base.madvise(mmap.MADV_RANDOM)
+    mapping = array.base
+    small = array.nbytes // max(1, len(array)) <= 4 * mmap.PAGESIZE
+    if isinstance(mapping, mmap.mmap) and small and hasattr(mmap, "MADV_RANDOM"):
+        mapping.madvise(mmap.MADV_RANDOM)
 
 
 def _check_format(path: Path) -> None:

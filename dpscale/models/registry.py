@@ -14,7 +14,7 @@ from dpscale.errors import InputError
 
 _REGISTRY: dict[str, type[nn.Module]] = {}
 # Fields that the caller of build_model sets itself, and flax's own.
-_NOT_OPTIONS = ("num_classes", "dtype", "parent", "name")
+_NOT_OPTIONS = ("num_classes", "dtype", "example_ndim", "parent", "name")
 
 
 def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
