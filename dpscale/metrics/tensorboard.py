@@ -9,7 +9,6 @@ from dpscale.errors import InputError
 from dpscale.metrics.files import make_private_directory
 from dpscale.metrics.records import Record
 
-
 FLUSH_EVERY_S = 10
 
 
@@ -43,6 +42,10 @@ class TensorBoardWriter:
         for key, value in record.items():
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, global_step=step)
+
+    def flush(self) -> None:
+        """Put into the event files what the thread has taken up so far."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the event files."""
