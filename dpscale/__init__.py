@@ -6,6 +6,8 @@ The public names are imported on first use: `import dpscale` alone starts no jax
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,11 +51,23 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
+class _Package(types.ModuleType):
+    """Keeps `dpscale.train` the function: importing the module of the same name would otherwise replace it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dpscale' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value  # also where a submodule of the same name (dpscale.train) was set by the import
+    globals()[name] = value
     return value
 
 

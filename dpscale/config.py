@@ -280,7 +280,8 @@ def describe_keys() -> str:
     for section, field in RunConfig.model_fields.items():
         lines.append(f"[{section}]")
         model = field.annotation
-        assert isinstance(model, type) and issubclass(model, BaseModel)
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
         for key, info in model.model_fields.items():
             default = "required" if info.is_required() else f"default {json.dumps(info.default)}"
             lines.append(f"  {key:<22} {info.description} ({default.replace('default null', 'unset')})")

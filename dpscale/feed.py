@@ -39,14 +39,12 @@ class Feed:
     ) -> None:
         self._mesh, self._sampler, self._attempt = mesh, sampler, attempt
         resident = data.residence == "device"
-        self._positions = local_positions(mesh)
-        self._local_rows = len(self._positions) * layout.physical_batch_size
         self.table: Resident = load_resident(source, replicated(mesh)) if resident else {}
         self._loader = Loader(
             source,
             sampler,
             layout,
-            self._positions,
+            local_positions(mesh),
             planned_accumulations=layout.planned_accumulations(sampler.expected_batch_size, sampler.batch_size_std),
             start_step=start_step,
             stop_step=stop_step,
@@ -55,20 +53,13 @@ class Feed:
             resident=resident,
         )
         self._steps = iter(self._loader)
-        self._empty = {"index": np.zeros(0, np.int32)} if resident else empty_rows(source.metadata, 0)
 
     def batches(self, step: int) -> Iterator[Rows]:
         """The physical batches of `step`, the next one in order; none for an empty draw."""
         logical = next(self._steps)
         assert logical.step == step, f"asked for step {step}, the loader is at {logical.step}"
         for batch in logical:
-            yield self._place(batch)
-
-    def blank(self) -> Rows:
-        """A physical batch of padding, to compile for: all that matters is its shapes."""
-        rows = self._local_rows
-        arrays = {name: np.zeros((rows, *array.shape[1:]), array.dtype) for name, array in self._empty.items()}
-        return self._place(PhysicalBatch(np.zeros(rows, np.int64), np.zeros(rows, bool), arrays))
+            yield _place(self._mesh, batch)
 
     def draw_digest(self, step: int) -> bytes:
         """16 bytes that tell one draw of a step from another; sensitive."""
@@ -78,6 +69,15 @@ class Feed:
         """Stop reading ahead."""
         self._loader.close()
 
-    def _place(self, batch: PhysicalBatch) -> Rows:
-        arrays: dict[str, jax.Array] = {name: place_rows(self._mesh, array) for name, array in batch.arrays.items()}
-        return Rows(arrays, place_rows(self._mesh, id_words(batch.ids)), place_rows(self._mesh, batch.mask))
+
+def blank_rows(mesh: Mesh, source: ExampleSource, layout: BatchLayout, data: DataSection) -> Rows:
+    """A physical batch of padding, to compile for and to time: all that matters is its shapes."""
+    count = len(local_positions(mesh)) * layout.physical_batch_size
+    resident = data.residence == "device"
+    arrays = {"index": np.zeros(count, np.int32)} if resident else empty_rows(source.metadata, count)
+    return _place(mesh, PhysicalBatch(np.zeros(count, np.int64), np.zeros(count, bool), arrays))
+
+
+def _place(mesh: Mesh, batch: PhysicalBatch) -> Rows:
+    arrays: dict[str, jax.Array] = {name: place_rows(mesh, array) for name, array in batch.arrays.items()}
+    return Rows(arrays, place_rows(mesh, id_words(batch.ids)), place_rows(mesh, batch.mask))

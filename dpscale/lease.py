@@ -75,15 +75,16 @@ class Lease:
             holder = None
         if holder is not None and not holder.yields_to(me):
             raise RunDirectoryError(
-                f"{self._path.parent} is in use by {holder.describe()}: two runs in one directory would spend the same "
-                f"noise twice. Stop that one, or wait {EXPIRES_AFTER_S:.0f} s after its end, or choose another --run-dir"
+                f"{self._path.parent} is in use by {holder.describe()}: two runs in one directory would spend the "
+                f"same noise twice. Stop that one, or wait {EXPIRES_AFTER_S:.0f} s after its end, or choose another "
+                "--run-dir"
             )
         self._write(me)
         winner = self._read()
         if winner is None or (winner.host, winner.pid) != (me.host, me.pid):
             raise RunDirectoryError(
-                f"{self._path.parent} was taken at the same moment by {winner.describe() if winner else 'another run'}: "
-                "start again when that one has ended"
+                f"{self._path.parent} was taken at the same moment by "
+                f"{winner.describe() if winner else 'another run'}: start again when that one has ended"
             )
         self._released.clear()
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)

@@ -110,8 +110,8 @@ def open_session(
         raise RunDirectoryError(
             f"{directory.root} was started with another program, and its noise must not be used again:\n  "
             + "\n  ".join(changed)
-            + "\nRestore what changed; or go on with --new-attempt (fresh batches and noise, charged on top); or choose "
-            "another --run-dir"
+            + "\nRestore what changed; or go on with --new-attempt (fresh batches and noise, charged on top); or "
+            "choose another --run-dir"
         )
     moved = identity["place"] != directory.place()
     briefing = _brief(ledger, plan, secret, checkpoints, report, moved=moved, anew=bool(changed) or new_attempt)
@@ -139,8 +139,8 @@ def _set_up(
     """Write every file of a new run; run.json comes last, so a crash before it means: set up again."""
     if directory.ledger.exists():
         raise RunDirectoryError(
-            f"{directory.root} has a ledger but no {directory.identity.name}: files are missing. Restore them, or choose "
-            "another --run-dir"
+            f"{directory.root} has a ledger but no {directory.identity.name}: files are missing. Restore them, or "
+            "choose another --run-dir"
         )
     plan = PrivacyPlan.from_config(config, num_examples=num_examples, cached=None)
     directory.checkpoints.mkdir(mode=0o700, exist_ok=True)
@@ -206,8 +206,8 @@ def _brief(
             reasons.append("the program changed, or a new attempt was asked for")
         if facts.get("ledger_head") and facts["ledger_head"] not in ledger.heads:
             raise PrivacyError(
-                f"the checkpoint of step {start} was saved after ledger lines that {ledger.path} does not hold: lines were "
-                "lost. Restore the ledger; epsilon cannot be computed without them"
+                f"the checkpoint of step {start} was saved after ledger lines that {ledger.path} does not hold: lines "
+                "were lost. Restore the ledger; epsilon cannot be computed without them"
             )
     elif good:
         raise PrivacyError(f"{ledger.path} is missing although step {start} was saved: restore it")

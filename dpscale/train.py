@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from dpscale.baseline import summed_grad
 from dpscale.batching import BatchLayout
@@ -19,24 +21,26 @@ from dpscale.checkpoint import Checkpoints
 from dpscale.clipping import clipped_grad
 from dpscale.config import RunConfig, load_config
 from dpscale.data.open import as_source, open_source
+from dpscale.data.resident import Resident
 from dpscale.data.source import ExampleSource
 from dpscale.distributed import Membership, check_agreement, decided_by_process_zero, initialize, is_main
 from dpscale.errors import InputError
 from dpscale.evaluate import Evaluator
-from dpscale.feed import Feed
+from dpscale.feed import Feed, blank_rows
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
 from dpscale.mesh import data_mesh, place_replicated, replicated
 from dpscale.metrics.recorder import Recorder
 from dpscale.optimizer import learning_rate_schedule, make_optimizer
 from dpscale.privacy.ledger import Ledger
+from dpscale.privacy.plan import PrivacyPlan
 from dpscale.program import program_facts
 from dpscale.replicas import ReplicaCheck
 from dpscale.run_directory import RunDirectory
 from dpscale.sampling import PoissonSampler
 from dpscale.session import Briefing, ledger_facts, open_session
 from dpscale.state import TrainState
-from dpscale.step import StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
+from dpscale.step import Rows, StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
 from dpscale.stopping import StopRequests
 from dpscale.task import Task, build_task, example_shapes
 
@@ -48,13 +52,15 @@ DEFAULT_RANGE_STEPS = 100
 class TrainResult:
     """How a call of `train` ended.
 
-    `state`: "finished", or "stopped" when it was asked to stop and saved. `params`: NumPy leaves. `epsilon`: spent at
+    `state`: "finished", or "stopped" when it was asked to stop and saved. `wants_requeue`: stopped by a signal, not by
+    its owner's STOP file. `params`: NumPy leaves. `epsilon`: spent at
     `delta`, from the ledger; None without privacy. `epsilon_planned`: at the planned end, which is what holds when the
     stop was chosen by looking at outputs. `validation`: held-out means ("loss", "accuracy"), {} without held-out data.
     """
 
     state: Literal["finished", "stopped"]
     stop_reason: str | None
+    wants_requeue: bool
     step: int
     steps: int
     epsilon: float | None
@@ -79,6 +85,7 @@ def train(
     new_attempt: bool = False,
     report: Callable[[str], None] = print,
     progress: bool = True,
+    stops: StopRequests | None = None,
 ) -> TrainResult:
     """Train with differential privacy as `config` says, or go on from where `run_dir` was left.
 
@@ -92,6 +99,7 @@ def train(
         new_attempt: go on although the program changed, with fresh batches and noise, charged on top.
         report: takes one line of text for the owner; called on process 0 only.
         progress: show a bar (plain lines when not on a terminal) on process 0.
+        stops: listens for stop signals already; None: a listener for the time of this call.
 
     Guarantees: the sampler, the clip bound, the noise and epsilon come from one plan. Killed at any moment and called
     again, on any number of processes and devices, it uses the same draws and noise for steps whose results were never
@@ -102,20 +110,45 @@ def train(
         the privacy statement untrue.
     """
     config = config if isinstance(config, RunConfig) else load_config(config)
+    stops = stops or StopRequests()
+    stops.install()
     _configure_jax(config)
     initialize(Membership.from_environment())
     directory = RunDirectory.at(run_dir or Path("runs") / config.run.name)
-    source = _source(config, train_data, config.data.train, "train")
+    source = find_source(config, train_data, config.data.train, "train")
     held_out = None
     if validation_data is not None or config.data.validation:
-        held_out = _source(config, validation_data, config.data.validation or "", "validation")
+        held_out = find_source(config, validation_data, config.data.validation or "", "validation")
     task = build_task(config, source.metadata, model, loss)
     with ExitStack() as stack:
-        run = _Run(config, directory, source, held_out, task, report if is_main() else lambda line: None, stack)
+        stops.install()  # again: jax.distributed has taken SIGTERM
+        stack.callback(stops.restore)
+        told = report if is_main() else lambda line: None
+        run = _Run(config, directory, source, held_out, task, stops, told, stack)
         run.open(new_attempt=new_attempt)
         run.build()
         run.loop(progress=progress and is_main())
         return run.close()
+
+
+def compiled_steps(
+    config: RunConfig,
+    plan: PrivacyPlan,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+    table: Resident,
+    rows: Rows,
+) -> StepFunctions:
+    """Both step functions of a task, private or not, compiled for the shapes of `state`, `table` and `rows`."""
+    if plan.enabled:
+        method = config.performance.clipping_method
+        summed = clipped_grad(task.loss, clip_norm=config.privacy.clip_norm, method=method)
+    else:
+        summed = summed_grad(task.loss)
+    accumulate = build_accumulate(mesh, summed, config.privacy.clip_norm, task.uses_key)
+    return compile_steps(accumulate, build_finalize(mesh, plan, optimizer), mesh, state, table, rows)
 
 
 class _Run:
@@ -128,23 +161,21 @@ class _Run:
         source: ExampleSource,
         held_out: ExampleSource | None,
         task: Task,
+        stops: StopRequests,
         report: Callable[[str], None],
         stack: ExitStack,
     ) -> None:
         self.config, self.directory, self.source, self.held_out = config, directory, source, held_out
-        self.task, self.report, self.stack = task, report, stack
+        self.task, self.stops, self.report, self.stack = task, stops, report, stack
         self.mesh = data_mesh()
         self.ledger: Ledger | None = None  # process 0 only
         self.range_end = 0
         self.saved_at = time.monotonic()
+        self.saved_step: int | None = None
         self.validation: dict[str, float] = {}
-        self.stop_reason: str | None = None
 
     def open(self, *, new_attempt: bool) -> None:
         """Let process 0 take the lease and decide; then everyone knows plan, secret, attempt and first step."""
-        self.stops = StopRequests(self.directory.stop)
-        self.stops.install()
-        self.stack.callback(self.stops.restore)
         self.checkpoints = Checkpoints(self.directory.checkpoints, self.config.checkpoint.keep)
         self.stack.callback(self.checkpoints.close)
         example = example_shapes(self.source.metadata)
@@ -156,6 +187,7 @@ class _Run:
             lease.acquire()
             self.stack.callback(lease.release)
             self.directory.stop.unlink(missing_ok=True)
+            self.stops.watch(self.directory.stop)
             briefing, self.ledger = open_session(
                 self.directory,
                 self.config,
@@ -177,14 +209,13 @@ class _Run:
 
     def build(self) -> None:
         """Compile both step functions for their one shape, and place the state of the first step."""
-        privacy, performance = self.config.privacy, self.config.performance
         sampler = PoissonSampler(
             self.plan.num_examples,
             self.plan.sampling_rate,
             self.briefing.secret.derive("sampling"),
             self.plan.max_batch_size,
         )
-        layout = BatchLayout(performance.physical_batch_size, self.mesh.size)
+        layout = BatchLayout(self.config.performance.physical_batch_size, self.mesh.size)
         self.feed = Feed(
             self.mesh,
             self.source,
@@ -198,22 +229,18 @@ class _Run:
         self.stack.callback(self.feed.close)
         optimizer = make_optimizer(self.config.optimizer, self.plan.steps)
         self.schedule = learning_rate_schedule(self.config.optimizer, self.plan.steps)
-        if self.plan.enabled:
-            summed = clipped_grad(self.task.loss, clip_norm=privacy.clip_norm, method=performance.clipping_method)
-        else:
-            summed = summed_grad(self.task.loss)
-        accumulate = build_accumulate(self.mesh, summed, privacy.clip_norm, self.task.uses_key)
-        finalize = build_finalize(self.mesh, self.plan, optimizer)
         state = TrainState.create(self.task.params, optimizer)
         if self.briefing.restore:
             everywhere = replicated(self.mesh)
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
             self.state = self.checkpoints.restore(self.briefing.start_step, abstract)
+            self.saved_step = self.briefing.start_step
             self.report(f"resumed from the checkpoint of step {self.briefing.start_step}")
         else:
             self.state = place_replicated(self.mesh, state)
-        self.functions: StepFunctions = compile_steps(
-            accumulate, finalize, self.mesh, self.state, self.feed.table, self.feed.blank()
+        rows = blank_rows(self.mesh, self.source, layout, self.config.data)
+        self.functions = compiled_steps(
+            self.config, self.plan, self.task, optimizer, self.mesh, self.state, self.feed.table, rows
         )
         self.check_replicas = ReplicaCheck(self.mesh)
         if self.held_out is not None:
@@ -239,24 +266,25 @@ class _Run:
                 self.metrics.arrived,
             ):
                 self.state = info.state
-                bar.update(info.step, self._epsilon(info.step))
+                if info.step < last:
+                    bar.update(info.step, self._epsilon(info.step))
                 if every and info.step % every == 0 and info.step < last:
                     bar.update(info.step, accuracy=self._evaluate(info.step))
                 if info.save or self._is_due(info.step):
                     self._save(info.step)
                 if is_main():
                     self._commit(self.checkpoints.poll())
-            self.stop_reason = self.stops.reason
             bar.update(self._step(), self._epsilon(self._step()), accuracy=self._evaluate(self._step()))
 
     def close(self) -> TrainResult:
         """Save the last state, commit what it covers, and say how the run ended."""
         step, last = self._step(), self.briefing.last_step
-        if self.metrics.durable_step != step or not is_main():
+        if self.saved_step != step:
             self._save(step)
-        durable = self.checkpoints.wait()
-        self._commit(durable)
+        self.range_end = step  # nothing more will run
+        self._commit(self.checkpoints.wait())
         finished = step >= last
+        ended = decided_by_process_zero(self._how_it_stopped)
         plot = None
         if is_main():
             self.metrics.status("finished" if finished else "stopped", step, self._epsilon(step))
@@ -265,7 +293,8 @@ class _Run:
                 self.directory.write_json(self.directory.finished, {"step": step, "epsilon": self._epsilon(step)})
         return TrainResult(
             state="finished" if finished else "stopped",
-            stop_reason=None if finished else self.stop_reason or "another process was asked to stop",
+            stop_reason=None if finished else ended["reason"],
+            wants_requeue=not finished and ended["requeue"],
             step=step,
             steps=self.plan.steps,
             epsilon=self._epsilon(step),
@@ -278,6 +307,11 @@ class _Run:
             metrics=self.directory.root / "metrics" / "public.jsonl",
             plot=plot,
         )
+
+    def _how_it_stopped(self) -> dict[str, Any]:
+        by_owner = self.directory.stop.exists()
+        reason = "the file STOP was found" if by_owner else self.stops.reason or "another process got a signal"
+        return {"reason": reason, "requeue": not by_owner}
 
     def _step(self) -> int:
         return int(self.state.step.addressable_data(0))
@@ -327,18 +361,19 @@ class _Run:
             self._commit(self.checkpoints.wait())
         head = self.ledger.head if self.ledger is not None else None
         self.checkpoints.save(step, self.state, {"attempt": self.briefing.attempt, "ledger_head": head})
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), step
 
     def _commit(self, durable: int | None) -> None:
         """A checkpoint of step `durable` is on disk: lower the charge to it, and let its metrics out."""
         if durable is None or self.ledger is None:
             return
-        self.ledger.close(self.briefing.attempt, durable)
+        self.ledger.close(self.briefing.attempt, durable, max(durable, self.range_end))
         self.metrics.commit(durable)
         self.metrics.status("running", durable, self._epsilon(durable))
 
 
-def _source(config: RunConfig, given: Any, spec: str, which: str) -> ExampleSource:
+def find_source(config: RunConfig, given: Any, spec: str, which: str) -> ExampleSource:
+    """The data set that the user gave, or the one that `spec` of the config names."""
     if given is not None:
         return as_source(given, num_classes=config.data.num_classes)
     if not spec:

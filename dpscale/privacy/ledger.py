@@ -1,7 +1,7 @@
 """The write-ahead record of every charged step; the epsilon of a run is computed from it and from nothing else.
 
 A range record is on disk before any step of the range can produce an output; a closing record lowers it to what ran,
-after the checkpoint of that step is durable. Lines form a chain of keyed digests, so that an edited, removed or
+once the checkpoint of its last step is durable. Lines form a chain of keyed digests, so that an edited, removed or
 reordered line is seen by whoever holds the run's secret. Rolling back the whole directory is not seen.
 """
 
@@ -110,11 +110,20 @@ class Ledger:
             raise PrivacyError(f"attempt {attempt} was left for a later one: an attempt number is never used twice")
         self._append("open", {"attempt": attempt, "from": start, "to": end, **facts})
 
-    def close(self, attempt: int, step: int) -> None:
-        """State that the checkpoint of `step` (steps below it ran) is durable."""
+    def close(self, attempt: int, step: int, ran_to: int) -> None:
+        """State that the checkpoint of `step` (steps below it ran) is durable.
+
+        Args:
+            ran_to: no step from this one on has run or will run without another range record: the end of the range
+                that is open, or `step` itself where the run ends there.
+
+        Raises: PrivacyError when the attempt has no range, or `ran_to` is below `step`.
+        """
+        if ran_to < step:
+            raise PrivacyError(f"closing at step {step} with ran_to={ran_to}: steps that ran would not be charged")
         if not self.attempts or self.attempts[-1].number != attempt:
             raise PrivacyError(f"attempt {attempt} has no open range in {self.path}: nothing to close")
-        self._append("close", {"attempt": attempt, "step": step})
+        self._append("close", {"attempt": attempt, "step": step, "to": ran_to})
 
     def next_attempt(self) -> int:
         """A number that no attempt has had."""
@@ -146,6 +155,6 @@ class Ledger:
             # Between two commits a shorter range may follow a longer one: what was opened stays charged until a close.
             current.end = max(current.end, record["to"])
         else:
-            self.attempts[-1].committed = self.attempts[-1].end = record["step"]
+            self.attempts[-1].committed, self.attempts[-1].end = record["step"], record["to"]
         self.head = digest
         self.heads.append(digest)

@@ -1,0 +1,71 @@
+"""The plan of a run as lines of text: what `dpscale plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpscale.batching import BatchLayout
+from dpscale.config import RunConfig
+from dpscale.errors import InputError
+from dpscale.privacy.plan import PrivacyPlan
+from dpscale.sampling import PoissonSampler
+
+CURVE_POINTS = 5
+
+
+def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
+    """Yield the plan line by line, as it becomes known.
+
+    Args:
+        measure: also compile the step functions and time them on rows of zeros; reads no training example.
+    """
+    from dpscale.data.open import open_source
+
+    data = config.data
+    if not data.train:
+        raise InputError("data.train is not set: name a data set in the config")
+    source = open_source(
+        data.train, features_key=data.features_key, labels_key=data.labels_key, num_classes=data.num_classes
+    )
+    plan = PrivacyPlan.from_config(config, num_examples=len(source))
+    yield from _privacy_lines(plan)
+    if measure:
+        yield from _measured_lines(config, plan, source)
+    else:
+        # The key enters no figure here: any sampler of this size and rate draws as many examples.
+        sampler = PoissonSampler(plan.num_examples, plan.sampling_rate, bytes(32), plan.max_batch_size)
+        layout = BatchLayout(config.performance.physical_batch_size, 1)
+        yield f"padding           {layout.expected_padding_waste(sampler):.1%} of all rows on one device, expected"
+
+
+def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
+    yield f"examples          {plan.num_examples}, unit of privacy: one {plan.unit}"
+    yield f"sampling rate q   {plan.sampling_rate:.6g} (Poisson; expected batch {plan.expected_batch_size:g})"
+    epochs = plan.steps * plan.sampling_rate
+    yield f"steps             {plan.steps} ({epochs:.1f} epochs expected)"
+    if not plan.enabled:
+        yield "privacy           none (privacy.enabled = false)"
+        return
+    yield f"clip norm         {plan.clip_norm:g}"
+    yield f"noise multiplier  {plan.noise_multiplier:.4f} (std {plan.noise_stddev:.4g} on the sum)"
+    assert plan.delta is not None
+    points = sorted({max(1, round(plan.steps * k / CURVE_POINTS)) for k in range(1, CURVE_POINTS + 1)})
+    curve = zip(points, plan.epsilon_curve(points), strict=True)
+    yield f"epsilon           at delta {plan.delta:g}, {plan.neighboring_relation}, {plan.accountant}"
+    yield from (f"  after step {step:<6} {epsilon:.3f}" for step, epsilon in curve)
+    yield from (f"warning           {warning}" for warning in plan.warnings)
+
+
+def _measured_lines(config: RunConfig, plan: PrivacyPlan, source) -> Iterator[str]:
+    from dpscale.estimate import estimate
+
+    found = estimate(config, plan, source)
+    yield f"model             {found.num_parameters:,} parameters"
+    yield f"devices           {found.num_devices} x {found.device_kind}"
+    rows = config.performance.physical_batch_size * found.num_devices
+    yield f"accumulations     {found.accumulations:.2f} a step expected, of {rows} rows"
+    yield f"padding           {found.padding_waste:.1%} of all rows, expected"
+    mebibytes = [f"{n / 2**20:.1f}" for n in (found.state_bytes, found.temporary_bytes, found.data_bytes)]
+    yield "memory per device {} MiB state, {} MiB temporary, {} MiB data".format(*mebibytes)
+    total = plan.steps * found.step_s
+    yield f"time              {found.step_s:.3g} s a step, {total:.0f} s in all here (measured on made-up rows)"
