@@ -55,7 +55,7 @@ def test_without_sampling_epsilon_is_the_analytic_gaussian_mechanisms(steps, tar
 
 
 @pytest.mark.parametrize("relation", ["zero_out", "add_or_remove", "replace_one"])
-@pytest.mark.parametrize(("q", "sigma"), [(0.01, 0.8), (0.2, 1.0), (0.7, 2.0)])
+@pytest.mark.parametrize(("q", "sigma"), [(0.05, 0.9), (0.7, 2.0)])
 def test_one_step_is_the_hockey_stick_divergence_integrated_by_hand(relation, q, sigma):
     # Midpoint rule; the kinks of max(0, .) leave an error of spacing^2 * slope, below 1e-7.
     x = np.linspace(-12 * sigma - 1, 12 * sigma + 1, 100_001)
@@ -115,12 +115,13 @@ def test_truncation_costs_what_its_analysis_says_and_a_cap_out_of_reach_costs_no
     assert costs[2] == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.parametrize(("steps", "target"), [(1_000, 1e-6), (1_000, 1.1e-12), (10_000, 1e-9), (10_000, 1.1e-11)])
-def test_rounding_in_the_fourier_transform_never_lowers_epsilon(steps, target):
+@pytest.mark.parametrize(("steps", "target"), [(1_000, 1e-6), (1_000, 2.1e-12), (10_000, 1e-9), (10_000, 2.1e-11)])
+@pytest.mark.parametrize("mu", [1.0, 3.0])
+def test_rounding_in_the_fourier_transform_never_lowers_epsilon(steps, target, mu):
     # A sampling rate one bit below 1 goes through the transform, and has the exact formula all the same.
     almost_one = math.nextafter(1, 0)
-    exact = gaussian_epsilon(target, 1.0)
-    got = epsilon(noise_multiplier=math.sqrt(steps), sampling_rate=almost_one, steps=steps, delta=target)
+    exact = gaussian_epsilon(target, mu)
+    got = epsilon(noise_multiplier=math.sqrt(steps) / mu, sampling_rate=almost_one, steps=steps, delta=target)
     assert exact <= got <= exact * 1.03
 
 

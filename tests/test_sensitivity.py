@@ -61,8 +61,8 @@ def test_the_slack_covers_float32_clipping_and_is_the_engines():
     assert SLACK == ROUNDING_SLACK
     generator = np.random.default_rng(1)
     worst = 0.0
-    for size in (10, 1_000, 100_000):
-        for _ in range(50):
+    for size in (10, 1_000, 30_000):
+        for _ in range(20):
             gradient = generator.normal(size=size).astype(np.float32) * np.float32(generator.lognormal(sigma=3))
             norm = np.sqrt(np.sum(gradient * gradient, dtype=np.float32))
             contribution = gradient * np.float32(min(np.float32(1), np.float32(0.3) / norm))

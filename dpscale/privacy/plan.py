@@ -297,7 +297,7 @@ def _steps(training: Any, sampling_rate: float) -> int:
         return training.steps
     if not 0 < training.epochs < math.inf or not sampling_rate > 0:
         raise InputError(f"epochs={training.epochs}: it must be > 0, and so must the sampling rate")
-    # 7 / 0.07 is 100.00000000000001 in floating point: a last bit must not buy a whole step.
+    # 9 / 0.009 is 1000.0000000000001 in floating point: a last bit must not buy a whole step.
     return max(1, math.ceil(training.epochs / sampling_rate * (1 - 1e-12)))
 
 

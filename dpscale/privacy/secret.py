@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
+from dpscale.durable import sync_directory
 from dpscale.errors import InputError, RunDirectoryError
 
 SECRET_BYTES = 32
@@ -70,7 +71,7 @@ class RootSecret:
                 file.write(secret._key.hex().encode("ascii") + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-            _fsync_directory(path.parent)
+            sync_directory(path.parent)
         except OSError as error:
             path.unlink(missing_ok=True)  # a torn secret must not be mistaken for one
             raise _cannot("write", path, error) from error
@@ -168,11 +169,3 @@ def _prefixed(purpose: str) -> bytes:
         raise ValueError(f"unknown purpose {purpose!r}: choose one of {sorted(PURPOSES)}")
     name = purpose.encode("ascii")
     return bytes([len(name)]) + name
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
