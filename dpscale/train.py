@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ from dpscale.task import Task, build_task, example_shapes
 
 # Steps charged ahead where checkpoint.every_steps does not say: what a SIGKILL can leave charged until the resume.
 DEFAULT_RANGE_STEPS = 100
+SHOW_EPSILON_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class _Run:
         self.range_end = 0
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
+        self.epsilon_shown_at = -math.inf
         self.validation: dict[str, float] = {}
 
     def open(self, *, new_attempt: bool) -> None:
@@ -267,7 +270,7 @@ class _Run:
             ):
                 self.state = info.state
                 if info.step < last:
-                    bar.update(info.step, self._epsilon(info.step))
+                    bar.update(info.step, self._epsilon_now_and_then(info.step))
                 if every and info.step % every == 0 and info.step < last:
                     bar.update(info.step, accuracy=self._evaluate(info.step))
                 if info.save or self._is_due(info.step):
@@ -318,6 +321,13 @@ class _Run:
 
     def _epsilon(self, step: int) -> float | None:
         return self.plan.epsilon_after(self.briefing.charged_at(step)) if self.plan.enabled else None
+
+    def _epsilon_now_and_then(self, step: int) -> float | None:
+        """For the bar: composing takes tens of milliseconds, too long for every step. None: show the last one."""
+        if time.monotonic() - self.epsilon_shown_at < SHOW_EPSILON_EVERY_S:
+            return None
+        self.epsilon_shown_at = time.monotonic()
+        return self._epsilon(step)
 
     def _charge(self, step: int) -> None:
         """Before the first dispatch of a range: all processes agree on it, and it is in the ledger.
