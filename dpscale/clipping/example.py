@@ -1,5 +1,6 @@
 """One example's loss in one fixed form, whatever the user's signature, and the result that every method returns."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,18 +70,29 @@ def replace_rows(keep: jax.Array, rows: Any) -> Any:
     return jax.tree.map(lambda x: jnp.take(x, source, axis=0), rows)
 
 
-def clip_factors(problem: Problem, squares: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def clip_factors(
+    problem: Problem, squares: list[jax.Array], upper: list[jax.Array] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """(total norm f[B], factor of each leaf f[L, B]) from the leaves' squared norms, each f[B].
 
+    `upper` are upper bounds of the squares, which the factors are taken from; by default the squares themselves.
     A square below the smallest normal float32 may have been flushed to zero; `size * tiny` bounds what that hides,
     so that the factor is right for any clip norm. Overflow gives an infinite norm: the row counts as not finite.
     """
     dtype = jnp.result_type(jnp.float32, *squares)
-    groups = jnp.asarray(problem.groups)
-    hidden = jnp.asarray([leaf.size * float(jnp.finfo(jnp.float32).tiny) for leaf in problem.leaves], dtype)
-    stacked = jnp.stack([square.astype(dtype) for square in squares])
-    upper = jnp.zeros((max(problem.groups) + 1, stacked.shape[1]), dtype).at[groups].add(stacked + hidden[:, None])
-    return jnp.sqrt(jnp.sum(stacked, axis=0)), problem.bound.factors(jnp.sqrt(upper))[groups]
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    bounds = [
+        x.astype(dtype) + jnp.asarray(leaf.size * tiny, dtype)
+        for x, leaf in zip(upper or squares, problem.leaves, strict=True)
+    ]
+    groups = range(max(problem.groups) + 1)
+    joint = [
+        sum((x for x, g in zip(bounds, problem.groups, strict=True) if g == group), jnp.zeros_like(bounds[0]))
+        for group in groups
+    ]
+    factors = problem.bound.factors(jnp.sqrt(jnp.stack(joint)))
+    total = functools.reduce(jnp.add, [x.astype(dtype) for x in squares])
+    return jnp.sqrt(total), factors[jnp.asarray(problem.groups)]
 
 
 def check_scalar(loss: jax.Array) -> None:

@@ -4,11 +4,12 @@ A loss is traced once, for one example. What comes out is inlined (jit, custom d
 rest of the package sees a flat list of equations in which only a scan has a body of its own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Literal
 
 INLINED = {
@@ -41,6 +42,11 @@ class Constant:
     @property
     def shape(self) -> tuple[int, ...]:
         return jax.numpy.shape(self.value)
+
+    @property
+    def literal(self) -> np.ndarray | None:
+        """The value where it can be looked at while tracing; arrays of jax, which may be tracers, give None."""
+        return None if isinstance(self.value, jax.Array) else np.asarray(self.value)
 
 
 Operand = Name | Constant
@@ -161,6 +167,14 @@ class Scan:
         return next((self.equation.inputs[j] for j in range(start, len(inputs)) if inputs[j] is name), None)
 
 
+def walk(program: Program) -> Iterator[Equation]:
+    """Every equation of the program and of the bodies in it."""
+    for equation in program.equations:
+        yield equation
+        if equation.body is not None:
+            yield from walk(equation.body)
+
+
 def moving_names(program: Program, moving: Iterable[Name]) -> set[Name]:
     """All names, in the program and in the bodies of its scans, that depend on the given inputs."""
     found = set(moving)
@@ -191,6 +205,13 @@ def expose(program: Program, outputs: Sequence[Operand]) -> Program:
     program = _export(program, {x for x in outputs if isinstance(x, Name)}, inner)
     program = replace(program, outputs=[inner.get(x, x) if isinstance(x, Name) else x for x in outputs])
     return _prune(program)
+
+
+def subprogram(program: Program, inputs: Sequence[Name], outputs: Sequence[Operand]) -> Program:
+    """The part of the program that leads from `inputs` to `outputs`."""
+    given = set(inputs)
+    equations = [x for x in program.equations if not given.intersection(x.outputs)]
+    return _prune(replace(program, inputs=list(inputs), equations=equations, outputs=list(outputs)))
 
 
 def _export(program: Program, wanted: set[Name], inner: dict[Name, Name]) -> Program:
@@ -285,8 +306,9 @@ def _loop(equation: Equation) -> Callable[..., list[Any]]:
 
         def step(carry, xs):
             out = run(scan.body, *consts, *carry, *xs)
-            carry = tuple(jax.numpy.asarray(y, x.dtype) for x, y in zip(carry, out, strict=False))
-            return carry, tuple(jax.numpy.asarray(y) for y in out[scan.carry :])
+            like = [x.dtype for x in equation.outputs]  # literals have no type of their own
+            out = [y if isinstance(y, jax.Array) else jax.numpy.asarray(y, t) for y, t in zip(out, like, strict=True)]
+            return tuple(out[: scan.carry]), tuple(out[scan.carry :])
 
         options = {key: equation.params[key] for key in ("length", "reverse", "unroll")}
         carry, ys = jax.lax.scan(step, tuple(init), tuple(values[scan.consts + scan.carry :]), **options)

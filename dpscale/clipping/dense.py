@@ -1,0 +1,163 @@
+"""The rule of `dot_general`: dense layers, attention projections, LoRA, experts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+from dpscale.clipping.cut import Product
+from dpscale.clipping.example import sum_dtype
+from dpscale.clipping.jaxpr import Operand
+from dpscale.clipping.norms import gram, over_parts, row_norms, square_sum
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A layer's sizes for one example: `parts` independent products of `positions` x (`width_a`, `width_g`)."""
+
+    parts: int
+    positions: int
+    width_a: int
+    width_g: int
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """e[n] = sum_t a[n, t] (x) g[n, t], from a `dot_general` that contracts over the positions t.
+
+    n runs over the stacked scan axes and the dot's own batch axes, t over the summed scan axes and the contracted ones.
+    """
+
+    product: Product
+    sizes: Sizes
+
+    @classmethod
+    def of(cls, product: Product) -> "Dense":
+        a, g = product.equation.inputs
+        (contract_a, _), (batch, _) = product.equation.params["dimension_numbers"]
+        summed = prod(frame.length for frame in product.frames if frame.summed)
+        parts = prod(product.stacked) * prod(a.shape[i] for i in batch)
+        positions = summed * prod(a.shape[i] for i in contract_a)
+        each = summed * prod(product.stacked)
+        width = [each * prod(x.shape) // (parts * positions) if parts * positions else 0 for x in (a, g)]
+        return cls(product, Sizes(parts, positions, *width))
+
+    @property
+    def operands(self) -> list[Operand]:
+        return list(self.product.equation.inputs)
+
+    @property
+    def batch_axis(self) -> int:
+        """Where B is in canonical operands and in what `written_out` gives."""
+        return 0 if self.sizes.parts == 1 else 1
+
+    def sides(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Operands [scans.., B, own axes..] -> [N, B, T, D] and [N, B, T, P]; N is left out where it is 1."""
+        (contract_a, contract_g), (batch_a, batch_g) = self.product.equation.params["dimension_numbers"]
+        left = self._matrix(a, batch_a, contract_a, self.sizes.width_a)
+        return left, self._matrix(g, batch_g, contract_g, self.sizes.width_g)
+
+    def _matrix(self, x: jax.Array, batch: Sequence[int], contract: Sequence[int], width: int) -> jax.Array:
+        frames = self.product.frames
+        own = len(frames) + 1
+        stacked = [i for i, frame in enumerate(frames) if not frame.summed]
+        summed = [i for i, frame in enumerate(frames) if frame.summed]
+        free = [i for i in range(x.ndim - own) if i not in batch and i not in contract]
+        order = [*stacked, *(own + i for i in batch), len(frames), *summed, *(own + i for i in (*contract, *free))]
+        lead = () if self.sizes.parts == 1 else (self.sizes.parts,)
+        return jnp.transpose(x, order).reshape(*lead, x.shape[len(frames)], self.sizes.positions, width)
+
+    def tables(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[N, B, T, T] of inner products between positions, for each operand."""
+        left, right = self.sides(a, g)
+        return gram(left), gram(right)
+
+    def spreads(self, a: jax.Array, g: jax.Array) -> jax.Array:
+        """sum_t |a_t||g_t|, [N, B]."""
+        left, right = self.sides(a, g)
+        return jnp.sum(row_norms(left) * row_norms(right), axis=-1)
+
+    def outer_squares(self, a: jax.Array, g: jax.Array) -> jax.Array:
+        """|e|^2 f[B] where there is one position."""
+        left, right = self.sides(a, g)
+        return over_parts(square_sum(left, 2) * square_sum(right, 2))
+
+    def written_out(self, a: jax.Array, g: jax.Array) -> jax.Array:
+        """Every example's gradient, [N, B, D, P]."""
+        left, right = self.sides(a, g)
+        dtype = sum_dtype(jnp.result_type(a, g))
+        return jnp.einsum("...td,...tp->...dp", left, right, preferred_element_type=dtype)
+
+    def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
+        """The leaf's sum_b factor_b e_b in one product; rows that are not good are selected away from both operands."""
+        left, right = self.sides(a, g)
+        left = jnp.where(good[:, None, None], left, jnp.zeros((), left.dtype))
+        right = scaled_rows(right, factor[:, None, None], good[:, None, None])
+        dtype = sum_dtype(jnp.result_type(a, g))
+        return self.finish(jnp.einsum("...btd,...btp->...dp", left, right, preferred_element_type=dtype))
+
+    def finish(self, x: jax.Array, lead: int = 0) -> jax.Array:
+        """[lead.., N, D, P] -> the leaf's gradient."""
+        a, g = self.product.equation.inputs
+        (contract_a, contract_g), (batch_a, batch_g) = self.product.equation.params["dimension_numbers"]
+        free_a = [a.shape[i] for i in range(len(a.shape)) if i not in batch_a and i not in contract_a]
+        free_g = [g.shape[i] for i in range(len(g.shape)) if i not in batch_g and i not in contract_g]
+        shape = (*x.shape[:lead], *self.product.stacked, *(a.shape[i] for i in batch_a), *free_a, *free_g)
+        return self.product.finish(x.reshape(shape), lead)
+
+    def macs(self) -> dict[str, int]:
+        """Multiplications for one example, by route: the norm, and the share in the sum."""
+        n, t, d, p = self.sizes.parts, self.sizes.positions, self.sizes.width_a, self.sizes.width_g
+        return {"ghost": n * t * t * (d + p), "instantiated": n * t * d * p, "folded": n * t * d * p}
+
+
+def scaled_rows(x: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
+    """x times factor in at least float32, rounded once to x's own precision; zero where not good."""
+    wide = x.astype(sum_dtype(x.dtype))
+    return jnp.where(good, wide * factor.astype(wide.dtype), 0).astype(x.dtype)
+
+
+Axis = tuple[str, int, int]
+
+
+def leaf_layout(product: Product) -> list[Axis] | None:
+    """For each axis of the leaf longer than 1: its operand ("a" or "g"), its number there, its length.
+
+    None where a reshape merges or splits axes, or for convolutions. Two products of one leaf can share their tables
+    where these agree.
+    """
+    equation = product.equation
+    if equation.operation == "scatter-add":
+        axes = [("a", 0, equation.outputs[0].shape[0])]
+        axes += [("g", i, n) for i, n in enumerate(equation.outputs[0].shape[1:])]
+    elif equation.operation == "dot_general":
+        axes = _dot_axes(product)
+    else:
+        return None
+    for step, _ in product.chain:
+        if step.operation == "transpose":
+            axes = [axes[i] for i in step.params["permutation"]]
+        elif step.operation in ("reshape", "squeeze", "expand_dims"):
+            axes = _reshaped(axes, step.outputs[0].shape)
+            if axes is None:
+                return None
+    return [axis for axis in axes if axis[2] > 1]
+
+
+def _dot_axes(product: Product) -> list[Axis]:
+    contract, batch = product.equation.params["dimension_numbers"]
+    axes: list[Axis] = []
+    for side, operand, skip in zip("ag", product.equation.inputs, zip(contract, batch, strict=True), strict=True):
+        free = [n for i, n in enumerate(operand.shape) if i not in skip[0] and i not in skip[1]]
+        axes += [(side, i, n) for i, n in enumerate(free)]
+    return axes
+
+
+def _reshaped(axes: list[Axis], shape: tuple[int, ...]) -> list[Axis] | None:
+    long = [axis for axis in axes if axis[2] > 1]
+    if [axis[2] for axis in long] != [n for n in shape if n > 1]:
+        return None
+    rest = iter(long)
+    return [("a", -1, 1) if n == 1 else next(rest) for n in shape]

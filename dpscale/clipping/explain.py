@@ -1,0 +1,81 @@
+"""What the engine chose, layer by layer, as a table."""
+
+from dataclasses import dataclass
+from math import prod
+
+from dpscale.clipping.layers import Layer
+from dpscale.clipping.split import Split
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One parameter's row. `macs` and `sgd_macs` are multiply-adds of the norm and the weight gradient for the whole
+    batch, ours and plain SGD's; `bytes` is what is held until the factors are known."""
+
+    name: str
+    shape: tuple[int, ...]
+    route: str
+    parts: int
+    positions: int
+    widths: tuple[int, int]
+    macs: int
+    sgd_macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`method` that "auto" means here, and a row for each trainable parameter. str() gives a table."""
+
+    method: str
+    rows: int
+    layers: list[LayerCost]
+
+    def __str__(self) -> str:
+        head = ["parameter", "shape", "route", "N", "T", "D x P", "MACs", "of SGD's", "held"]
+        table = [head]
+        for x in self.layers:
+            share = f"{x.macs / x.sgd_macs:.2f}" if x.sgd_macs else "-"
+            sizes = [str(x.parts), str(x.positions), f"{x.widths[0]} x {x.widths[1]}"] if x.parts else ["-"] * 3
+            shape = "x".join(map(str, x.shape)) or "scalar"
+            table.append([x.name, shape, x.route, *sizes, _short(x.macs), share, _short(x.bytes) + "B"])
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        total = sum(x.bytes for x in self.layers)
+        return "\n".join([f"method: {self.method}, batch of {self.rows}, {_short(total)}B held", *lines])
+
+
+def explain(parts: Split, rows: int, method: str) -> Explanation:
+    """The costs of each layer for a batch of `rows` examples."""
+    return Explanation(method, rows, [_cost(layer, rows, method) for layer in parts.layers])
+
+
+def _cost(layer: Layer, rows: int, method: str) -> LayerCost:
+    if not layer.rules:
+        size = prod(layer.shape)
+        return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), 2 * rows * size, 0, 4 * rows * size)
+    macs = sgd = held = 0
+    for rule in layer.rules:
+        sizes, cost = rule.sizes, rule.macs()
+        operands = sizes.parts * sizes.positions * (sizes.width_a + sizes.width_g)
+        size = sizes.parts * sizes.width_a * sizes.width_g
+        sgd += rows * cost["folded"]
+        if layer.route == "instantiated":
+            macs += rows * (cost["instantiated"] + 2 * size)
+            held += 4 * rows * size
+        else:
+            macs += rows * (cost["folded"] + (cost["ghost"] if layer.route == "ghost" else operands))
+            held += 4 * rows * operands
+    first = layer.rules[0].sizes
+    held = 0 if method == "ghost" else held
+    widths = (first.width_a, first.width_g)
+    positions = sum(rule.sizes.positions for rule in layer.rules)
+    return LayerCost(layer.name, layer.shape, layer.route, first.parts, positions, widths, macs, sgd, held)
+
+
+def _short(count: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"

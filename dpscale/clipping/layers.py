@@ -1,0 +1,199 @@
+"""How each parameter's per-example norm and clipped sum are taken: the choice, and the arithmetic of each route.
+
+| route | norm | share in the sum |
+| --- | --- | --- |
+| outer | abs(a)^2 abs(g)^2: the layer is applied at one position | one product over the batch |
+| ghost | two T x T tables | one product over the batch |
+| instantiated | the example's gradient, written out by a fast product | that array, scaled and summed |
+| materialised | the example's gradient as the loss's own backward pass makes it | that array, scaled and summed |
+"""
+
+import functools
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from dpscale.clipping.convolution import Convolution
+from dpscale.clipping.cut import Cut, Product
+from dpscale.clipping.dense import Dense, leaf_layout
+from dpscale.clipping.embedding import Embedding
+from dpscale.clipping.example import sum_dtype
+from dpscale.clipping.jaxpr import Program, run
+from dpscale.clipping.norms import (
+    Squares,
+    cross_gram,
+    delta,
+    from_tables,
+    kappa,
+    over_parts,
+    square_sum,
+    uses_tf32,
+)
+
+Route = Literal["outer", "ghost", "instantiated", "materialised"]
+Rule = Dense | Convolution | Embedding
+
+GHOST_EXCESS = 0.05
+"""A ghost norm is not used where its upper bound may exceed the square of a typical norm by more than this share."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One trainable leaf: the rules of the products that its gradient is made of, and the route chosen."""
+
+    name: str
+    shape: tuple[int, ...]
+    route: Route
+    rules: tuple[Rule, ...] = ()
+    tail: Program | None = None
+    leaves: tuple[jax.Array, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+def rule_for(product: Product, program: Program) -> Rule | None:
+    """The rule of a product's primitive, or None where it does not cover this form of it."""
+    if product.equation.operation == "dot_general":
+        return Dense.of(product)
+    if product.equation.operation == "conv_general_dilated":
+        return Convolution.of(product)
+    return Embedding.of(product, program)
+
+
+def choose(
+    name: str, shape: tuple[int, ...], found: Cut | None, program: Program, leaves: tuple[jax.Array, ...]
+) -> Layer:
+    """The layer with the route that takes the least time at no more memory than the operands themselves."""
+    rules = [] if found is None else [rule_for(product, program) for product in found.products]
+    known = tuple(rule for rule in rules if rule is not None)
+    if found is None or len(known) < len(rules) or not known:
+        return Layer(name, shape, "materialised")
+    if found.tail is not None:
+        return Layer(name, shape, "instantiated", known, found.tail, leaves)
+    if len(known) > 1:
+        return Layer(name, shape, "ghost" if _together(known) else "instantiated", known)
+    return Layer(name, shape, _route(next(iter(known))), known)
+
+
+def _route(rule: Rule) -> Route:
+    sizes = rule.sizes
+    t, d, p = sizes.positions, sizes.width_a, sizes.width_g
+    if isinstance(rule, Embedding):
+        return "ghost" if t * (t + p) <= d * p else "instantiated"
+    if t == 1:
+        return "outer"
+    excess = t * kappa(d, p, rule.product.equation.outputs[0].dtype)
+    return "ghost" if t * (d + p) <= d * p and excess <= GHOST_EXCESS else "instantiated"
+
+
+def _together(rules: tuple[Rule, ...]) -> bool:
+    """Whether several products of one leaf (a weight used twice, tied weights) can share their tables.
+
+    They must be dense or embeddings, without stacked parts, and agree on which axes are the layer's input and output.
+    """
+    layouts = [leaf_layout(rule.product) for rule in rules]
+    if any(rule.sizes.parts != 1 for rule in rules) or any(not layout for layout in layouts):
+        return False
+    first = layouts[0] or []
+    swapped = [("g" if side == "a" else "a", i, n) for side, i, n in first]
+    if any(layout not in (first, swapped) for layout in layouts):
+        return False
+    positions = sum(rule.sizes.positions for rule in rules)
+    d, p = rules[0].sizes.width_a, rules[0].sizes.width_g
+    return 2 * positions**2 <= d * p and positions * kappa(d, p, jnp.float32) <= GHOST_EXCESS
+
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax.Array | None]:
+    """Squared norms f[B], and the written-out gradients where the route makes them.
+
+    `pairs`: the operands of each rule, [scans.., B, own axes..]. `refold` says that the sum will not be taken from
+    what is written out; then the norm must cover the rounding of that sum too.
+    """
+    rule, pair = layer.rules[0], pairs[0]
+    low = min((x.dtype for x in pair if jnp.issubdtype(x.dtype, jnp.floating)), key=lambda t: t.itemsize)
+    error = delta(sum(rule.sizes.positions for rule in layer.rules), low, uses_tf32())
+    if layer.route == "ghost":
+        tables = rule.tables(*pair) if len(pairs) == 1 else _shared_tables(layer.rules, pairs)
+        return from_tables(*tables, kappa(rule.sizes.width_a, rule.sizes.width_g, low), error), None
+    if layer.route == "outer":
+        assert isinstance(rule, Dense)
+        square = rule.outer_squares(*pair)
+        return Squares(square, square * (1 + 2 * error) ** 2), None
+    each = written_out(layer, pairs)
+    axis = batch_axis(layer)
+    square = over_parts(square_sum(each, each.ndim - axis - 1))
+    if not refold:
+        return Squares(square, square), each
+    spread = sum(jnp.sqrt(over_parts(jnp.square(r.spreads(*p)))) for r, p in zip(layer.rules, pairs, strict=True))
+    return Squares(square, jnp.square(jnp.sqrt(square) + 2 * error * spread)), each
+
+
+def batch_axis(layer: Layer) -> int:
+    """Where B is in what `written_out` gives."""
+    return layer.rules[0].batch_axis if _is_plain(layer) else 0
+
+
+def _is_plain(layer: Layer) -> bool:
+    return len(layer.rules) == 1 and layer.tail is None
+
+
+def written_out(layer: Layer, pairs: list[Pair]) -> jax.Array:
+    """Every example's gradient: in the rule's own form, or [B, leaf's shape] where several products make it up."""
+    parts = [rule.written_out(*pair) for rule, pair in zip(layer.rules, pairs, strict=True)]
+    if _is_plain(layer):
+        return parts[0]
+    parts = [r.finish(jnp.moveaxis(x, r.batch_axis, 0), 1) for r, x in zip(layer.rules, parts, strict=True)]
+    if layer.tail is None:
+        return functools.reduce(jnp.add, parts)
+    tail = layer.tail
+    return jax.vmap(lambda *terms: run(tail, *layer.leaves, *terms)[0])(*parts)
+
+
+def sum_written_out(layer: Layer, each: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
+    """The leaf's sum_b factor_b e_b from gradients that were written out."""
+    axis = batch_axis(layer)
+    shape = [-1 if i == axis else 1 for i in range(each.ndim)]
+    wide = each.astype(sum_dtype(each.dtype))
+    kept = jnp.where(good.reshape(shape), wide, 0)
+    total = jnp.tensordot(jnp.where(good, factor, 0).astype(wide.dtype), kept, ((0,), (axis,)))
+    return layer.rules[0].finish(total) if layer.rules and _is_plain(layer) else total
+
+
+def sum_factors(layer: Layer, pairs: list[Pair], factor: jax.Array, good: jax.Array) -> jax.Array:
+    """The leaf's sum_b factor_b e_b from the operands."""
+    terms = [rule.summed(*pair, factor, good) for rule, pair in zip(layer.rules, pairs, strict=True)]
+    return functools.reduce(jnp.add, terms) if layer.tail is None else run(layer.tail, *layer.leaves, *terms)[0]
+
+
+def _shared_tables(rules: tuple[Rule, ...], pairs: list[Pair]) -> Pair:
+    """Tables over the positions of all products together, each side of the leaf by itself."""
+    oriented = []
+    for rule, pair in zip(rules, pairs, strict=True):
+        left, right = rule.sides(*pair)
+        layout = leaf_layout(rule.product)
+        oriented.append((left, right) if layout and layout[0][0] == "a" else (right, left))
+    first, second = zip(*oriented, strict=True)
+    return _block_table(first), _block_table(second)
+
+
+def _block_table(sides: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.concatenate([jnp.concatenate([_table(x, y) for y in sides], axis=2) for x in sides], axis=1)
+
+
+def _table(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Inner products [B, T, S] of rows [B, T, D] or of one-hot rows given by their ids [B, T]."""
+    if x.ndim == y.ndim == 2:
+        return (x[:, :, None] == y[:, None, :]).astype(jnp.float32)
+    if x.ndim == 2:
+        return jnp.swapaxes(_table(y, x), 1, 2)
+    if y.ndim == 2:
+        return jnp.take_along_axis(x, y[:, None, :], axis=2).astype(sum_dtype(x.dtype))
+    return cross_gram(x, y)

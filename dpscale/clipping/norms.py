@@ -1,0 +1,113 @@
+"""Per-example squared norms of sum_t a_t (x) g_t from its factors, and how much rounding may hide in them.
+
+A layer that is applied at T positions of one example has the gradient e = sum_t a_t g_t^T, with a_t in R^D and g_t in
+R^P. Its squared norm is sum_{t,s} (a_t . a_s)(g_t . g_s): two T x T tables instead of e (Goodfellow 2015; Li et al.
+2021). In floating point the tables can cancel, so each norm comes with an upper bound that clipping uses.
+
+Let u be the unit roundoff of the sums and S = sum_t |a_t||g_t|.
+* A dot product of length n in any order of summation errs by at most n u |x||y| to first order (Higham 2002, 3.1). So
+  an entry of the product of the tables errs by at most (D + P + 1) u |a_t||a_s||g_t||g_s|, and their sum over t and s,
+  made in a tree whose depth is at most 64, by at most 64 u S^2 more. Together: n^2 <= ghost + kappa S^2 with
+  kappa = (D + P + 65) u. Contractions longer than `BLOCK` are made in blocks of it, so that D counts for
+  BLOCK + D / BLOCK at most.
+* The contribution c e is itself computed from the factors, in a sum over t that errs by at most delta = (T + 2) u S
+  (plus one rounding of g c to the factors' own precision). The clip factor is taken from n + 2 delta, so that the
+  contribution is at most C even where e cancels to nothing.
+Where the example's gradient is written out and that very array is scaled and summed, neither term is needed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpscale.clipping.example import sum_dtype
+
+BLOCK = 512
+TREE_DEPTH = 64
+
+
+class Squares(NamedTuple):
+    """Squared norms f[B]: `estimate`, and `upper`, which no rounding puts below what is contributed."""
+
+    estimate: jax.Array
+    upper: jax.Array
+
+
+def roundoff(dtype) -> float:
+    return float(jnp.finfo(dtype).eps) / 2
+
+
+def effective_length(length: int) -> int:
+    """How many roundings a contraction of this length meets in a row."""
+    return length if length <= BLOCK else BLOCK + -(-length // BLOCK)
+
+
+def kappa(width_a: int, width_g: int, dtype) -> float:
+    """Largest relative error of a ghost norm, in units of S^2."""
+    return (effective_length(width_a) + effective_length(width_g) + TREE_DEPTH + 1) * roundoff(sum_dtype(dtype))
+
+
+def delta(positions: int, dtype, tf32: bool) -> float:
+    """Largest error of a contribution that is computed from its factors, in units of S."""
+    low = roundoff(dtype) if np.dtype(dtype).itemsize < 4 else 2.0**-10 if tf32 else 0.0
+    return (positions + 2) * roundoff(sum_dtype(dtype)) + low
+
+
+def uses_tf32() -> bool:
+    """Whether float32 products may be rounded to 10 bits on this backend."""
+    return jax.default_backend() == "gpu" and str(jax.config.values["jax_default_matmul_precision"]) not in (
+        "float32",
+        "highest",
+    )
+
+
+def gram(x: jax.Array) -> jax.Array:
+    """[..., T, D] -> [..., T, T], dot products in full precision, long ones in blocks."""
+    width = x.shape[-1]
+    if width > BLOCK:
+        blocks = -(-width // BLOCK)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * BLOCK - width)])
+        x = x.reshape(*x.shape[:-1], blocks, BLOCK)
+        return jnp.sum(_products("...tkd,...skd->...kts", x, x), axis=-3)
+    return _products("...td,...sd->...ts", x, x)
+
+
+def cross_gram(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., T, D], [..., S, D] -> [..., T, S]."""
+    return _products("...td,...sd->...ts", x, y)
+
+
+def _products(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    dtype = sum_dtype(jnp.result_type(x, y))
+    return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=dtype)
+
+
+def row_norms(x: jax.Array) -> jax.Array:
+    """[..., D] -> [...], Euclidean norms in at least float32."""
+    return jnp.sqrt(square_sum(x, 1))
+
+
+def square_sum(x: jax.Array, axes: int) -> jax.Array:
+    """Sum of squares over the last `axes` axes."""
+    wide = x.astype(sum_dtype(x.dtype))
+    return jnp.sum(wide * wide, axis=tuple(range(x.ndim - axes, x.ndim)))
+
+
+def from_tables(table_a: jax.Array, table_g: jax.Array, kappa: float, delta: float) -> Squares:
+    """The ghost norm from two tables [..., B, T, T]; leading axes are independent parts of one gradient."""
+    ghost = jnp.maximum(jnp.sum(table_a * table_g, axis=(-1, -2)), 0)
+    diagonal = _diagonal(table_a) * _diagonal(table_g)
+    spread = jnp.sum(jnp.sqrt(jnp.maximum(diagonal, 0)), axis=-1)
+    upper = jnp.square(jnp.sqrt(ghost + kappa * jnp.square(spread)) + 2 * delta * spread)
+    return Squares(over_parts(ghost), over_parts(upper))
+
+
+def over_parts(x: jax.Array) -> jax.Array:
+    """[..., B] -> [B]."""
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+
+
+def _diagonal(table: jax.Array) -> jax.Array:
+    return jnp.diagonal(table, axis1=-2, axis2=-1)

@@ -1,0 +1,195 @@
+"""Clipped sums by a backward pass that is cut before each weight's gradient.
+
+1. Trace value_and_grad of one example's loss.
+2. Cut it: in place of each weight's gradient return the two operands of the product that makes it.
+3. vmap the shortened program over the batch: nothing of size batch x parameters appears.
+4. Norms of each layer from the operands; clip factors from their sum.
+5. Book-keeping: the clipped sum of each layer from the same operands, one product over the whole batch.
+   Ghost: a second, ordinary backward pass of sum_i factor_i * loss_i, which keeps no operands.
+
+Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, ghost clipping), Bu et al. 2022
+(arXiv 2210.00038, book-keeping and the mixed choice).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpscale.clipping.convolution import batched_convolution
+from dpscale.clipping.cut import Frame, cut
+from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
+from dpscale.clipping.jaxpr import Constant, Operand, Program, expose, moving_names, run, trace, walk
+from dpscale.clipping.layers import Layer, choose, measure, sum_factors, sum_written_out
+from dpscale.clipping.norms import Squares, square_sum
+
+KEPT_SIZE = 16384
+"""Ghost mode keeps the per-example gradients of materialised leaves up to this size; they are exact as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The traced program of one example, cut; a layer for each trainable leaf."""
+
+    program: Program
+    layers: list[Layer]
+    num_aux: int
+    aux_tree: Any
+
+
+def split(problem: Problem) -> Split:
+    """Traces the loss for one row, finds the cuts and chooses the routes."""
+    traced: list[Any] = []
+
+    def example(row):
+        def fun(leaves, row):
+            (loss, aux), grads = jax.value_and_grad(problem.loss, has_aux=True)(leaves, row)
+            return loss, aux, grads
+
+        traced.append(trace(fun, problem.leaves, row))
+        traced.append(jax.eval_shape(fun, problem.leaves, row)[1])
+        return jnp.zeros(())
+
+    jax.vmap(example)(problem.rows)  # for the types of one row, as they are inside shard_map
+    program, aux = traced
+    count = len(problem.leaves)
+    moving = moving_names(program, program.inputs[count:])
+    for equation in walk(program):
+        if equation.operation == "conv_general_dilated" and all(x in moving for x in equation.inputs):
+            equation.apply = batched_convolution(equation.apply)
+    layers = []
+    for name, leaf, gradient in zip(problem.names, problem.leaves, program.outputs[-count:], strict=True):
+        found = cut(program, gradient, moving, program.inputs[:count])
+        layers.append(choose(name, leaf.shape, found, program, tuple(problem.leaves)))
+    return Split(program, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """The shortened program's values over the batch: for each layer its operands, or its gradients [B, ...]."""
+
+    losses: jax.Array
+    aux: Any
+    values: list[Any]
+
+
+def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
+    """Runs the shortened program under vmap. Operands come with their scan axes first, then B."""
+    program, count = parts.program, len(problem.leaves)
+    heads = list(program.outputs[: 1 + parts.num_aux])
+    asked: list[tuple[Operand, tuple[Frame, ...]]] = [(x, ()) for x in heads]
+    for layer, gradient in zip(parts.layers, program.outputs[-count:], strict=True):
+        if layer.rules:
+            asked += [(x, rule.product.frames) for rule in layer.rules for x in rule.operands]
+        else:
+            asked.append((gradient, ()))
+    short = expose(program, [_outermost(*at) for at in asked])
+    depths = tuple(len(frames) if not isinstance(x, Constant) else 0 for x, frames in asked)
+    rows = jax.tree.leaves(problem.rows)
+    results = jax.vmap(lambda *row: tuple(run(short, *problem.leaves, *row)), out_axes=depths)(*rows)
+    results = [_stacked(x, *at) for x, at in zip(results, asked, strict=True)]
+    values: list[Any] = []
+    rest = iter(results[len(heads) :])
+    for layer in parts.layers:
+        values.append([(next(rest), next(rest)) for _ in layer.rules] if layer.rules else next(rest))
+    return Evaluated(results[0], parts.aux_tree.unflatten(results[1 : len(heads)]), values)
+
+
+def _outermost(x: Operand, frames: tuple[Frame, ...]) -> Operand:
+    """What a scan's body reads from a stacked input is, stacked, that input itself."""
+    while frames and not isinstance(x, Constant):
+        stacked = frames[-1].scan.xs_operand(x)
+        if stacked is None or isinstance(stacked, Constant):
+            break
+        x, frames = stacked, frames[:-1]
+    return x
+
+
+def _stacked(x: jax.Array, operand: Operand, frames: tuple[Frame, ...]) -> jax.Array:
+    """Gives a constant that is used inside scans its scan axes."""
+    return jnp.broadcast_to(x, (*(f.length for f in frames), *x.shape)) if isinstance(operand, Constant) else x
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Norms, factors and flags of the batch, and the written-out gradients of the layers that have them."""
+
+    norms: jax.Array
+    factors: jax.Array
+    finite: jax.Array
+    good: jax.Array
+    each: list[jax.Array | None]
+
+
+def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) -> Measured:
+    """Everything that decides the factors. A row's numbers meet no other row's."""
+    squares: list[Squares] = []
+    each: list[jax.Array | None] = []
+    for layer, value in zip(parts.layers, rows.values, strict=True):
+        if layer.rules:
+            square, written = measure(layer, value, refold)
+        else:
+            written = value.astype(sum_dtype(value.dtype))
+            square = Squares(*[square_sum(written, written.ndim - 1)] * 2)
+        squares.append(square)
+        each.append(written)
+    norms, factors = clip_factors(problem, [x.estimate for x in squares], [x.upper for x in squares])
+    finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms)
+    return Measured(norms, factors, finite | ~problem.mask, finite & problem.mask, each)
+
+
+def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
+    """One backward pass; the operands of every layer are kept until the factors are known."""
+    rows = evaluate_rows(parts, problem)
+    found = measure_rows(parts, problem, rows, refold=False)
+    sums = [
+        sum_factors(layer, value, factor, found.good)
+        if written is None
+        else sum_written_out(layer, written, factor, found.good)
+        for layer, value, written, factor in zip(parts.layers, rows.values, found.each, found.factors, strict=True)
+    ]
+    return _result(problem, rows, found, sums)
+
+
+def ghost(problem: Problem, parts: Split) -> ClippedSum:
+    """Two backward passes: norms first, then the gradient of sum_i factor_i * loss_i (one pass a clip group).
+
+    A row that does not count is replaced by a good one in the second pass: its own values could be NaN, and NaN * 0
+    is NaN. Low-precision products are summed from operands computed again, since their sum must be float32.
+    """
+    rows = evaluate_rows(parts, problem)
+    found = measure_rows(parts, problem, rows, refold=True)
+    sums: list[Any] = [None] * len(parts.layers)
+    for j, (layer, written) in enumerate(zip(parts.layers, found.each, strict=True)):
+        if not layer.rules and layer.size <= KEPT_SIZE:
+            assert written is not None
+            sums[j] = sum_written_out(layer, written, found.factors[j], found.good)
+    again = replace_rows(found.good, problem.rows)
+    for group in sorted({problem.groups[j] for j, done in enumerate(sums) if done is None}):
+        places = [j for j, done in enumerate(sums) if done is None and problem.groups[j] == group]
+        factor = jnp.where(found.good, found.factors[places[0]], 0)
+        for j, grad in zip(places, _weighted_gradient(problem, again, factor, places), strict=True):
+            sums[j] = grad
+    return _result(problem, rows, found, sums)
+
+
+def _weighted_gradient(problem: Problem, rows: Any, factor: jax.Array, places: Sequence[int]) -> list[jax.Array]:
+    def weighted(chosen):
+        leaves = list(problem.leaves)
+        for j, leaf in zip(places, chosen, strict=True):
+            leaves[j] = leaf.astype(problem.leaves[j].dtype)
+        losses = jax.vmap(lambda row: problem.loss(leaves, row)[0])(rows)
+        losses = losses.astype(sum_dtype(losses.dtype))
+        return jnp.sum(losses * factor.astype(losses.dtype))
+
+    wide = [problem.leaves[j].astype(sum_dtype(problem.leaves[j].dtype)) for j in places]
+    return jax.grad(weighted)(wide)
+
+
+def _result(problem: Problem, rows: Evaluated, found: Measured, sums: list[jax.Array]) -> ClippedSum:
+    sums = [x.astype(sum_dtype(leaf.dtype)) for x, leaf in zip(sums, problem.leaves, strict=True)]
+    aux = jax.tree.map(lambda x: select_rows(found.good, x), rows.aux)
+    losses = select_rows(found.good, rows.losses).astype(jnp.float32)
+    return ClippedSum(sums, select_rows(found.good, found.norms), losses, found.finite, aux)
