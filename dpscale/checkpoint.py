@@ -15,9 +15,10 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dpscale.durable import sync_directory, write_atomically
@@ -28,6 +29,20 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+REMOVED = ".removed-"
+ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax has not renamed yet
+
+
+class Found(NamedTuple):
+    """A whole checkpoint. `facts`: its manifest's; {} where the process died before writing one."""
+
+    step: int
+    facts: dict[str, Any]
+
+    @property
+    def attempt(self) -> int | None:
+        """The attempt that saved it; None without a manifest."""
+        return self.facts.get("attempt")
 
 
 class Checkpoints:
@@ -97,20 +112,25 @@ class Checkpoints:
             self._committer.join()
         self._checkpointer.close()
 
-    def newest_good(self, report: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
-        """The newest step that is whole, and its manifest's facts; bad ones are moved to `bad/` and reported.
+    def newest_good(self, report: Callable[[str], None], committed: int) -> Found | None:
+        """The newest step that is whole; bad ones are moved to `bad/` and reported. Process 0 only.
 
-        A committed step without a manifest (the process died between the two) is whole if Orbax's own commit file is
-        there; it gets its manifest at the next save. None when there is no checkpoint at all.
+        What interrupted saves and removals left behind is deleted. A checkpoint without a manifest is whole only where
+        the process can have died between the two: it is the newest, newer than `committed` (the ledger's last committed
+        step), and every array can be read. `adopt` then gives it its manifest. None when there is no checkpoint.
 
         Raises: RunDirectoryError when there were checkpoints and none of them is whole: never a silent fresh start.
         """
+        self._remove_leftovers()
         steps = self.steps()
         for step in reversed(steps):
             path = self._directory / str(step)
-            fault, facts = _inspect(path)
+            if (path / MANIFEST).exists() or step != steps[-1] or step <= committed:
+                fault, facts = _inspect(path)
+            else:
+                fault, facts = _unreadable(path), {}
             if fault is None:
-                return step, facts
+                return Found(step, facts)
             self._set_aside(path, fault)
             report(f"checkpoint of step {step} is not usable ({fault}): moved to {self._directory / 'bad'}")
         if steps:
@@ -119,6 +139,12 @@ class Checkpoints:
                 "restore one from a backup, or start a new run in another directory"
             )
         return None
+
+    def adopt(self, found: Found, facts: dict[str, Any]) -> None:
+        """Write the manifest that a checkpoint lacks; does nothing where it has one. Process 0 only."""
+        path = self._directory / str(found.step)
+        if not (path / MANIFEST).exists():
+            _write_manifest(path, found.step, facts)
 
     def steps(self) -> list[int]:
         """Steps that have a directory, whole or not, in order."""
@@ -147,13 +173,25 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 _write_manifest(path, step, facts)
-                sync_directory(self._directory)
                 self._durable = step
-                for old in self.steps()[: -self._keep]:
-                    if old < step:
-                        shutil.rmtree(self._directory / str(old))
+                self._drop_old(step)
         except BaseException as error:
             self._error = error
+
+    def _drop_old(self, newest: int) -> None:
+        for old in self.steps()[: -self._keep]:
+            if old < newest:
+                # Renamed first: half of a removed checkpoint must not look like one.
+                removed = self._directory / f"{REMOVED}{old}"
+                shutil.rmtree(removed, ignore_errors=True)
+                os.replace(self._directory / str(old), removed)
+                shutil.rmtree(removed, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        if self._directory.is_dir():
+            for path in self._directory.iterdir():
+                if path.name.startswith(REMOVED) or ORBAX_UNFINISHED in path.name:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside(self, path: Path, fault: str) -> None:
         logger.warning("moving %s aside: %s", path, fault)
@@ -185,24 +223,35 @@ def _file_digest(file: Path) -> str:
 
 
 def _write_manifest(path: Path, step: int, facts: dict[str, Any]) -> None:
-    files = {str(file.relative_to(path)): [file.stat().st_size, _file_digest(file)] for file in _files(path)}
+    """Put all of a checkpoint on disk (Orbax leaves that to the system), then the manifest that says so."""
+    files = {}
+    for file in _files(path):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            size, digest = os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+        files[str(file.relative_to(path))] = [size, digest]
+    for directory in {file.parent for file in _files(path)}:
+        sync_directory(directory)
     manifest = {"schema": SCHEMA, "step": step, "facts": facts, "files": files}
     write_atomically(path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    sync_directory(path.parent)
 
 
 def _inspect(path: Path) -> tuple[str | None, dict[str, Any]]:
     """(what is wrong with a checkpoint, or None; the manifest's facts)."""
     manifest_file = path / MANIFEST
     if not manifest_file.exists():
-        whole = (path / "_CHECKPOINT_METADATA").exists() and (path / "_METADATA").exists()
-        return (None, {}) if whole else ("it was never completed", {})
+        return "it has no manifest", {}
     try:
         manifest = json.loads(manifest_file.read_text())
-        schema, expected, facts = manifest["schema"], manifest["files"], manifest["facts"]
+        schema, step = manifest["schema"], manifest["step"]
+        expected, facts = dict(manifest["files"]), dict(manifest["facts"])
     except (ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read: {error}", {}
     if schema != SCHEMA:
         raise RunDirectoryError(f"{manifest_file} has schema {schema}, this dpscale reads {SCHEMA}: use the newer one")
+    if str(step) != path.name:
+        return f"its manifest says step {step}", {}
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
@@ -212,3 +261,24 @@ def _inspect(path: Path) -> tuple[str | None, dict[str, Any]]:
         if _file_digest(file) != digest:
             return f"{name} has other content than was written", {}
     return None, facts
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why Orbax cannot read every array of a checkpoint that has no manifest, or None. This process alone reads."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix="verification"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                return "it was never completed"
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+            tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged file
+        return f"it was never completed: {type(error).__name__}"
+    if not isinstance(tree, dict) or str(tree.get("step")) != path.name:
+        return f"it holds step {tree.get('step') if isinstance(tree, dict) else None}"
+    return None

@@ -32,13 +32,22 @@ def write_atomically(path: Path, data: bytes | str, mode: int = PRIVATE) -> None
 
 
 def append_durably(path: Path, data: bytes, mode: int = PRIVATE) -> None:
-    """Append `data` and wait until it is on disk; the file is made with `mode` if there is none."""
+    """Append `data` and wait until it is on disk; the file is made with `mode` if there is none.
+
+    Raises: OSError from the file system; what was written of `data` is then cut off again, as far as that is possible.
+    """
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, mode)
-    with os.fdopen(descriptor, "ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
+        before = os.fstat(descriptor).st_size
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
     if is_new:
         sync_directory(path.parent)
 

@@ -97,6 +97,13 @@ class RunDirectory:
                 "directory with --run-dir"
             )
 
+    def remove_leftovers(self) -> None:
+        """Delete what atomic writes of killed processes left behind. Call it with the lease held."""
+        for directory in (self.root, self.root / "metrics"):
+            for path in directory.glob(".*.tmp"):
+                if f".{os.getpid()}." not in path.name:  # the lease's own thread may be writing
+                    path.unlink(missing_ok=True)
+
     def write_json(self, path: Path, values: dict[str, Any]) -> None:
         """Replace a human-readable JSON file of the run, atomically."""
         write_atomically(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

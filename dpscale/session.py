@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dpscale.checkpoint import Checkpoints
+from dpscale.checkpoint import Checkpoints, Found
 from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
 from dpscale.errors import PrivacyError, RunDirectoryError
@@ -22,6 +22,7 @@ from dpscale.program import differences, digest
 from dpscale.run_directory import RunDirectory
 
 IDENTITY_SCHEMA = 1
+SECRET_CHECK = b"this run's secret"  # its keyed digest tells one secret from another and shows neither
 
 
 @dataclass(frozen=True)
@@ -90,34 +91,45 @@ def open_session(
         new_attempt: the user accepts that changed facts start a new attempt, charged on top.
         report: is told, in one line each, what was found and decided.
 
-    Raises: RunDirectoryError where the plan, the data or the program differ from the run's, with the differences.
+    Guarantees: the attempt is in the ledger when this returns, before anything of it can be drawn.
+
+    Raises: RunDirectoryError where the plan, the data or the program differ from the run's, with the differences, or a
+        file of the run cannot be read or written; PrivacyError where the ledger does not fit the rest.
     """
-    if not directory.identity.exists():
-        _set_up(directory, config, num_examples, data_fingerprint, program)
-    secret = _secret(directory, config)
-    identity = directory.read_json(directory.identity)
-    old_plan = PrivacyPlan.from_json(directory.read_text(directory.plan))
-    plan = PrivacyPlan.from_config(config, num_examples=num_examples, cached=old_plan)
-    _refuse_other_plan(directory, old_plan, plan)
-    if identity["data"] != secret.mac("fingerprint", data_fingerprint):
+    try:
+        directory.remove_leftovers()
+        if not directory.identity.exists():
+            _set_up(directory, config, num_examples, data_fingerprint, program, checkpoints)
+        secret = _secret(directory, config)
+        identity = _identity(directory, secret, data_fingerprint)
+        plan = _plan(directory, config, num_examples)
+        ledger = Ledger.load(directory.ledger, secret)
+        if ledger.plans - {plan.digest()}:
+            raise PrivacyError(
+                f"{directory.ledger} charges steps of another plan than {directory.plan} states: one of the files was "
+                "replaced. Restore it; epsilon cannot be computed from both"
+            )
+        changed = differences(identity["program"], program)
+        if changed and not new_attempt:
+            raise RunDirectoryError(
+                f"{directory.root} was started with another program, and its noise must not be used again:\n  "
+                + "\n  ".join(changed)
+                + "\nRestore what changed; or go on with --new-attempt (fresh batches and noise, charged on top); or "
+                "choose another --run-dir"
+            )
+        moved = identity["place"] != directory.place()
+        briefing = _brief(ledger, plan, secret, checkpoints, report, moved=moved, changed=changed, asked=new_attempt)
+        # Only now: were this written before the new attempt is in the ledger, a kill in between would hide the change.
+        if changed or moved:
+            directory.write_json(directory.identity, {**identity, "program": program, "place": directory.place()})
+            write_atomically(directory.config, to_toml(config))
+        if briefing.start_step < briefing.last_step:
+            directory.finished.unlink(missing_ok=True)
+    except OSError as error:
         raise RunDirectoryError(
-            f"the training data differ from those that {directory.root} was started with: a run has one data set. "
-            "Restore the data, or start a new run in another directory"
-        )
-    ledger = Ledger.load(directory.ledger, secret)
-    changed = differences(identity["program"], program)
-    if changed and not new_attempt:
-        raise RunDirectoryError(
-            f"{directory.root} was started with another program, and its noise must not be used again:\n  "
-            + "\n  ".join(changed)
-            + "\nRestore what changed; or go on with --new-attempt (fresh batches and noise, charged on top); or "
-            "choose another --run-dir"
-        )
-    moved = identity["place"] != directory.place()
-    briefing = _brief(ledger, plan, secret, checkpoints, report, moved=moved, anew=bool(changed) or new_attempt)
-    if changed or moved:
-        directory.write_json(directory.identity, {**identity, "program": program, "place": directory.place()})
-        write_atomically(directory.config, to_toml(config))
+            f"the files of {directory.root} cannot be read or written ({error}): free space or repair access, and "
+            "start again"
+        ) from error
     return briefing, ledger
 
 
@@ -134,13 +146,18 @@ def ledger_facts(plan: PrivacyPlan, program: dict[str, Any], mesh_size: int, dev
 
 
 def _set_up(
-    directory: RunDirectory, config: RunConfig, num_examples: int, data_fingerprint: bytes, program: dict[str, Any]
+    directory: RunDirectory,
+    config: RunConfig,
+    num_examples: int,
+    data_fingerprint: bytes,
+    program: dict[str, Any],
+    checkpoints: Checkpoints,
 ) -> None:
     """Write every file of a new run; run.json comes last, so a crash before it means: set up again."""
-    if directory.ledger.exists():
+    if directory.ledger.exists() or checkpoints.steps():
         raise RunDirectoryError(
-            f"{directory.root} has a ledger but no {directory.identity.name}: files are missing. Restore them, or "
-            "choose another --run-dir"
+            f"{directory.root} has a ledger or checkpoints but no {directory.identity.name}: files are missing. "
+            "Restore them, or choose another --run-dir"
         )
     plan = PrivacyPlan.from_config(config, num_examples=num_examples, cached=None)
     directory.checkpoints.mkdir(mode=0o700, exist_ok=True)
@@ -156,6 +173,7 @@ def _set_up(
             "schema": IDENTITY_SCHEMA,
             "run_id": secrets.token_hex(8),
             "place": directory.place(),
+            "secret": secret.mac("fingerprint", SECRET_CHECK),
             "data": secret.mac("fingerprint", data_fingerprint),
             "program": program,
         },
@@ -172,14 +190,39 @@ def _secret(directory: RunDirectory, config: RunConfig) -> RootSecret:
     return RootSecret.load(directory.secret)
 
 
-def _refuse_other_plan(directory: RunDirectory, old: PrivacyPlan, new: PrivacyPlan) -> None:
-    changed = old.differences(new)
+def _identity(directory: RunDirectory, secret: RootSecret, data_fingerprint: bytes) -> dict[str, Any]:
+    """run.json, once it is sure that secret and data are the run's own."""
+    identity = directory.read_json(directory.identity)
+    if identity.get("schema") != IDENTITY_SCHEMA or not {"place", "secret", "data", "program"} <= identity.keys():
+        raise RunDirectoryError(
+            f"{directory.identity} is not of schema {IDENTITY_SCHEMA}, or lacks keys: use the dpscale that wrote it, "
+            "or restore it"
+        )
+    if identity["secret"] != secret.mac("fingerprint", SECRET_CHECK):
+        raise RunDirectoryError(
+            f"the secret is not the one that {directory.root} was started with ({directory.secret.name} was replaced, "
+            "or privacy.insecure_seed changed): restore it; no other will do"
+        )
+    if identity["data"] != secret.mac("fingerprint", data_fingerprint):
+        raise RunDirectoryError(
+            f"the training data differ from those that {directory.root} was started with: a run has one data set. "
+            "Restore the data, or start a new run in another directory"
+        )
+    return identity
+
+
+def _plan(directory: RunDirectory, config: RunConfig, num_examples: int) -> PrivacyPlan:
+    """The run's plan, which the config must still ask for."""
+    old = PrivacyPlan.from_json(directory.read_text(directory.plan))
+    plan = PrivacyPlan.from_config(config, num_examples=num_examples, cached=old)
+    changed = old.differences(plan)
     if changed:
         raise RunDirectoryError(
             f"{directory.root} belongs to another privacy plan:\n  "
             + "\n  ".join(changed)
             + "\nA run's plan is fixed at its start: restore the config, or choose another --run-dir"
         )
+    return plan
 
 
 def _brief(
@@ -190,34 +233,66 @@ def _brief(
     report: Callable[[str], None],
     *,
     moved: bool,
-    anew: bool,
+    changed: list[str],
+    asked: bool,
 ) -> Briefing:
     """Choose the checkpoint, and decide whether going on from it needs a new attempt (PRIVACY.md, rule 3)."""
-    good = checkpoints.newest_good(report)
-    start, facts = good if good else (0, {})
-    committed = ledger.committed_step
+    current = ledger.current
+    found = checkpoints.newest_good(report, committed=current.committed if current else 0)
+    start = found.step if found else 0
+    _refuse_what_does_not_fit(ledger, found, asked)
     reasons = []
-    if ledger.attempts:
-        if committed is not None and start < committed:
-            reasons.append(f"step {committed} was committed, but the newest whole checkpoint is of step {start}")
-        if moved:
-            reasons.append("the run directory was copied or moved")
-        if anew:
-            reasons.append("the program changed, or a new attempt was asked for")
-        if facts.get("ledger_head") and facts["ledger_head"] not in ledger.heads:
-            raise PrivacyError(
-                f"the checkpoint of step {start} was saved after ledger lines that {ledger.path} does not hold: lines "
-                "were lost. Restore the ledger; epsilon cannot be computed without them"
+    if current is not None:
+        if start < current.committed:
+            reasons.append(
+                f"step {current.committed} was committed, but the newest whole checkpoint is of step {start}"
             )
-    elif good:
-        raise PrivacyError(f"{ledger.path} is missing although step {start} was saved: restore it")
-    if not ledger.attempts:
-        return Briefing(plan, secret, 0, 0, 0, 0, restore=False)
-    current = ledger.attempts[-1]
-    if not reasons:
+        elif found and found.attempt not in (None, current.number) and start != current.start:
+            reasons.append(f"the checkpoint of step {start} was saved by attempt {found.attempt}, which was left")
+        elif found and start > current.committed:
+            # The last run died before it could write this; what was saved may have been seen.
+            checkpoints.adopt(found, {"attempt": current.number, "ledger_head": ledger.head})
+            ledger.close(current.number, start, current.end)
+            report(f"step {start} was saved just before the last run ended: it is now on record")
+        if asked:
+            reasons.append("; ".join(["a new attempt was asked for", *changed]))
+    if moved:
+        reasons.append("the run directory was copied or moved")
+    if current is None or reasons:
+        before = ledger.charged_steps
+        # Two copies of one directory must not choose the same number: a copy's is random.
+        number = secrets.randbits(62) | 1 << 62 if moved else ledger.next_attempt()
+        ledger.begin(number, start, reasons)
+        if current is not None:
+            report(f"new attempt from step {start}, fresh batches and noise, charged on top: {'; '.join(reasons)}")
+        briefing = Briefing(plan, secret, number, start, start, before, restore=found is not None)
+    else:
         before = ledger.charged_steps - current.steps
-        return Briefing(plan, secret, current.number, start, current.start, before, restore=good is not None)
-    # Two copies of one directory must not choose the same number: a copy's is random.
-    number = secrets.randbits(62) | 1 << 62 if moved else ledger.next_attempt()
-    report(f"new attempt from step {start}, with fresh batches and noise, charged on top: " + "; ".join(reasons))
-    return Briefing(plan, secret, number, start, start, ledger.charged_steps, restore=good is not None)
+        briefing = Briefing(plan, secret, current.number, start, current.start, before, restore=found is not None)
+    if briefing.last_step < plan.steps:
+        report(
+            f"{briefing.charged_before} steps of earlier attempts are charged: epsilon {plan.epsilon_target:g} allows "
+            f"steps up to {briefing.last_step} of {plan.steps}"
+        )
+    return briefing
+
+
+def _refuse_what_does_not_fit(ledger: Ledger, found: Found | None, asked: bool) -> None:
+    """Raise where checkpoint and ledger cannot both be whole."""
+    current = ledger.current
+    if found is None:
+        if current is not None and current.committed > 0 and not asked:
+            raise RunDirectoryError(
+                f"step {current.committed} was committed in {ledger.path}, but no checkpoint is left: restore one, or "
+                "start from step 0 with --new-attempt (charged on top), or choose another --run-dir"
+            )
+        return
+    if current is None:
+        raise PrivacyError(f"{ledger.path} is missing or empty although step {found.step} was saved: restore it")
+    head = found.facts.get("ledger_head")
+    beyond = found.attempt in (None, current.number) and found.step > current.end
+    if beyond or (head is not None and head not in ledger.heads):
+        raise PrivacyError(
+            f"the checkpoint of step {found.step} was saved after ledger lines that {ledger.path} does not hold: lines "
+            "were lost. Restore the ledger; epsilon cannot be computed without them"
+        )

@@ -44,6 +44,7 @@ from dpscale.state import TrainState
 from dpscale.step import Rows, StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
 from dpscale.stopping import StopRequests
 from dpscale.task import Task, build_task, example_shapes
+from dpscale.watchdog import Watchdog
 
 # Steps charged ahead where checkpoint.every_steps does not say: what a SIGKILL can leave charged until the resume.
 DEFAULT_RANGE_STEPS = 100
@@ -88,6 +89,7 @@ def train(
     report: Callable[[str], None] = print,
     progress: bool = True,
     stops: StopRequests | None = None,
+    watchdog: Watchdog | None = None,
 ) -> TrainResult:
     """Train with differential privacy as `config` says, or go on from where `run_dir` was left.
 
@@ -102,6 +104,7 @@ def train(
         report: takes one line of text for the owner; called on process 0 only.
         progress: show a bar (plain lines when not on a terminal) on process 0.
         stops: listens for stop signals already; None: a listener for the time of this call.
+        watchdog: ends the process when a step takes far too long; None: off.
 
     Guarantees: the sampler, the clip bound, the noise and epsilon come from one plan. Killed at any moment and called
     again, on any number of processes and devices, it uses the same draws and noise for steps whose results were never
@@ -112,7 +115,7 @@ def train(
         the privacy statement untrue.
     """
     config = config if isinstance(config, RunConfig) else load_config(config)
-    stops = stops or StopRequests()
+    stops, watchdog = stops or StopRequests(), watchdog or Watchdog.off()
     stops.install()
     _configure_jax(config)
     initialize(Membership.from_environment())
@@ -126,11 +129,14 @@ def train(
         stops.install()  # again: jax.distributed has taken SIGTERM
         stack.callback(stops.restore)
         told = report if is_main() else lambda line: None
-        run = _Run(config, directory, source, held_out, task, stops, told, stack)
-        run.open(new_attempt=new_attempt)
-        run.build()
+        run = _Run(config, directory, source, held_out, task, stops, watchdog, told, stack)
+        stack.callback(watchdog.close)
+        with watchdog.grace():
+            run.open(new_attempt=new_attempt)
+            run.build()
         run.loop(progress=progress and is_main())
-        return run.close()
+        with watchdog.grace():
+            return run.close()
 
 
 def compiled_steps(
@@ -164,13 +170,15 @@ class _Run:
         held_out: ExampleSource | None,
         task: Task,
         stops: StopRequests,
+        watchdog: Watchdog,
         report: Callable[[str], None],
         stack: ExitStack,
     ) -> None:
         self.config, self.directory, self.source, self.held_out = config, directory, source, held_out
-        self.task, self.stops, self.report, self.stack = task, stops, report, stack
+        self.task, self.stops, self.watchdog, self.report, self.stack = task, stops, watchdog, report, stack
         self.mesh = data_mesh()
-        self.ledger: Ledger | None = None  # process 0 only
+        self.ledger: Ledger | None = None  # process 0 only, as is the lease
+        self.lease: Lease | None = None
         self.range_end = 0
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
@@ -186,10 +194,11 @@ class _Run:
 
         def decide() -> dict[str, Any]:
             self.directory.prepare()
-            lease = Lease(self.directory.lease)
-            lease.acquire()
-            self.stack.callback(lease.release)
-            self.directory.stop.unlink(missing_ok=True)
+            self.lease = Lease(self.directory.lease)
+            self.lease.acquire()
+            self.stack.callback(self.lease.release)
+            if self.stops.is_stale(self.directory.stop):
+                self.directory.stop.unlink()
             self.stops.watch(self.directory.stop)
             briefing, self.ledger = open_session(
                 self.directory,
@@ -269,6 +278,7 @@ class _Run:
                 self.metrics.arrived,
             ):
                 self.state = info.state
+                self.watchdog.step()
                 if info.step < last:
                     bar.update(info.step, self._epsilon_now_and_then(info.step))
                 if every and info.step % every == 0 and info.step < last:
@@ -284,8 +294,8 @@ class _Run:
         step, last = self._step(), self.briefing.last_step
         if self.saved_step != step:
             self._save(step)
-        self.range_end = step  # nothing more will run
         self._commit(self.checkpoints.wait())
+        self._settle(step)
         finished = step >= last
         ended = decided_by_process_zero(self._how_it_stopped)
         plot = None
@@ -340,7 +350,8 @@ class _Run:
         self.range_end = min((step // length + 1) * length, self.briefing.last_step)
         self.check_replicas(self.state.params)
         check_agreement(f"the draw of step {step}", self.feed.draw_digest(step), "All must run one version.")
-        if self.ledger is not None:
+        if self.ledger is not None and self.lease is not None:
+            self.lease.check()
             facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
             self.ledger.open_range(self.briefing.attempt, step, self.range_end, facts)
             self.metrics.status("running", step, self._epsilon(step))
@@ -359,7 +370,8 @@ class _Run:
     def _evaluate(self, step: int) -> float | None:
         """Evaluate and record; the held-out accuracy as far as it may be shown."""
         if self.held_out is not None:
-            means = self.evaluator(self.state.params)
+            with self.watchdog.grace():
+                means = self.evaluator(self.state.params)
             self.validation = {"accuracy" if name == "correct" else name: mean for name, mean in means.items()}
         rate = float(np.asarray(self.schedule(step)))
         examples = len(self.held_out) if self.held_out is not None else 0
@@ -367,19 +379,33 @@ class _Run:
         return self.metrics.shown_accuracy(self.validation)
 
     def _save(self, step: int) -> None:
-        if is_main():
-            self._commit(self.checkpoints.wait())
-        head = self.ledger.head if self.ledger is not None else None
-        self.checkpoints.save(step, self.state, {"attempt": self.briefing.attempt, "ledger_head": head})
+        with self.watchdog.grace():
+            if is_main():
+                self._commit(self.checkpoints.wait())
+            head = self.ledger.head if self.ledger is not None else None
+            self.checkpoints.save(step, self.state, {"attempt": self.briefing.attempt, "ledger_head": head})
         self.saved_at, self.saved_step = time.monotonic(), step
 
     def _commit(self, durable: int | None) -> None:
         """A checkpoint of step `durable` is on disk: lower the charge to it, and let its metrics out."""
-        if durable is None or self.ledger is None:
+        if durable is None or self.ledger is None or self.lease is None:
             return
+        self.lease.check()
         self.ledger.close(self.briefing.attempt, durable, max(durable, self.range_end))
         self.metrics.commit(durable)
         self.metrics.status("running", durable, self._epsilon(durable))
+
+    def _settle(self, step: int) -> None:
+        """Nothing more will run and `step` is durable: charge what ran, and let out what was recorded since the save.
+
+        The loop may have committed `step` before it knew that the run ends there, and before the last evaluation.
+        """
+        if self.ledger is None or self.ledger.current is None:
+            return
+        current = self.ledger.current
+        if (current.committed, current.end) != (step, step):
+            self.ledger.close(self.briefing.attempt, step, step)
+        self.metrics.commit(step)
 
 
 def find_source(config: RunConfig, given: Any, spec: str, which: str) -> ExampleSource:

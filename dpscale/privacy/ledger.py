@@ -23,12 +23,12 @@ FIRST = "0" * 64  # what stands for the digest of the line before the first
 
 @dataclass
 class Attempt:
-    """The charged steps [start, end) of one attempt, and its last committed step (None: none yet)."""
+    """The charged steps [start, end) of one attempt, and its last committed step; its start counts as one."""
 
     number: int
     start: int
     end: int
-    committed: int | None = None
+    committed: int
 
     @property
     def steps(self) -> int:
@@ -42,6 +42,8 @@ class Ledger:
     Guarantees: `open_range` and `close` return after the line is on disk. `charged_steps` never falls below the
     number of distinct (attempt, step) whose output may have been seen: replays of uncommitted steps within an attempt
     are free, every attempt is charged in full on top of the others.
+
+    `head`: digest of the last line; `heads`: of all lines. `plans`: digests of the plans that ranges were opened with.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Ledger:
     attempts: list[Attempt] = field(default_factory=list)
     head: str = FIRST
     heads: list[str] = field(default_factory=list)
+    plans: set[str] = field(default_factory=set)
 
     @classmethod
     def load(cls, path: Path, secret: RootSecret) -> Ledger:
@@ -86,9 +89,21 @@ class Ledger:
         return sum(attempt.steps for attempt in self.attempts)
 
     @property
-    def committed_step(self) -> int | None:
-        """The newest step whose checkpoint became durable in the current attempt, or None."""
-        return self.attempts[-1].committed if self.attempts else None
+    def current(self) -> Attempt | None:
+        """The attempt that runs or ran last; None before the first."""
+        return self.attempts[-1] if self.attempts else None
+
+    def begin(self, number: int, start: int, reasons: list[str]) -> None:
+        """Begin an attempt at step `start`; nothing of it may be drawn before this returns.
+
+        Args:
+            reasons: why, for whoever reads the file.
+
+        Raises: PrivacyError when an attempt had this number: its keys were used.
+        """
+        if any(known.number == number for known in self.attempts):
+            raise PrivacyError(f"{self.path} has an attempt {number} already: an attempt number is never used twice")
+        self._append("begin", {"attempt": number, "from": start, "reasons": reasons})
 
     def open_range(self, attempt: int, start: int, end: int, facts: dict[str, Any]) -> None:
         """Charge steps [start, end) of `attempt` before they run.
@@ -96,18 +111,21 @@ class Ledger:
         Args:
             facts: what the record also states (plan and program digests, mesh, versions); never a secret.
 
-        Raises: PrivacyError when the range falls behind a committed step of the same attempt: those outputs may have
-            been seen, so only a new attempt, with fresh batches and fresh noise, may run such steps again.
+        Raises: PrivacyError when the attempt is not the current one, or the range begins behind its committed step:
+            those outputs may have been seen, so only a new attempt, with fresh batches and fresh noise, may run such
+            steps again; or beyond what was charged: steps before it would have run without a record.
         """
-        if self.attempts and self.attempts[-1].number == attempt:
-            committed = self.attempts[-1].committed
-            if committed is not None and start < committed:
-                raise PrivacyError(
-                    f"step {start} of attempt {attempt} would be run again after step {committed} was committed: "
-                    "start a new attempt"
-                )
-        elif any(known.number == attempt for known in self.attempts):
-            raise PrivacyError(f"attempt {attempt} was left for a later one: an attempt number is never used twice")
+        current = self._current(attempt)
+        if start < current.committed:
+            raise PrivacyError(
+                f"step {start} of attempt {attempt} would be run again after step {current.committed} was committed: "
+                "start a new attempt"
+            )
+        if start > current.end:
+            raise PrivacyError(
+                f"step {start} of attempt {attempt} follows steps that {self.path} does not hold (it ends at "
+                f"{current.end}): lines were lost. Restore the ledger; epsilon cannot be computed without them"
+            )
         self._append("open", {"attempt": attempt, "from": start, "to": end, **facts})
 
     def close(self, attempt: int, step: int, ran_to: int) -> None:
@@ -117,17 +135,37 @@ class Ledger:
             ran_to: no step from this one on has run or will run without another range record: the end of the range
                 that is open, or `step` itself where the run ends there.
 
-        Raises: PrivacyError when the attempt has no range, or `ran_to` is below `step`.
+        Raises: PrivacyError when the attempt is not the current one, `ran_to` is below `step`, or `step` lies outside
+            of what is committed and charged.
         """
         if ran_to < step:
             raise PrivacyError(f"closing at step {step} with ran_to={ran_to}: steps that ran would not be charged")
-        if not self.attempts or self.attempts[-1].number != attempt:
-            raise PrivacyError(f"attempt {attempt} has no open range in {self.path}: nothing to close")
+        current = self._current(attempt)
+        if not current.committed <= step <= current.end:
+            raise PrivacyError(
+                f"a checkpoint of step {step} cannot be of attempt {attempt}, whose steps {current.committed} to "
+                f"{current.end} are charged and not committed in {self.path}"
+            )
         self._append("close", {"attempt": attempt, "step": step, "to": ran_to})
 
     def next_attempt(self) -> int:
-        """A number that no attempt has had."""
-        return 1 + max((attempt.number for attempt in self.attempts), default=-1)
+        """A number that no attempt has had, here or in a copy of this directory.
+
+        It follows the last one, not the largest: a copy's attempts count on from its own random number.
+        """
+        numbers = {attempt.number for attempt in self.attempts}
+        number = self.attempts[-1].number + 1 if self.attempts else 0
+        while number in numbers:
+            number += 1
+        return number
+
+    def _current(self, attempt: int) -> Attempt:
+        if self.current is None or self.current.number != attempt:
+            raise PrivacyError(
+                f"attempt {attempt} is not the current one in {self.path}: an attempt begins with a record of its "
+                "own, and is not taken up again once it was left"
+            )
+        return self.current
 
     def _append(self, kind: str, content: dict[str, Any]) -> None:
         record = {"schema": SCHEMA, "kind": kind, "time": round(time.time(), 3), **content}
@@ -147,13 +185,13 @@ class Ledger:
         return self.secret.mac("ledger", f"{self.head}\n{text}".encode())
 
     def _take(self, kind: str, record: dict[str, Any], digest: str) -> None:
-        number = record["attempt"]
-        if kind == "open":
-            if not self.attempts or self.attempts[-1].number != number:
-                self.attempts.append(Attempt(number, record["from"], record["from"]))
-            current = self.attempts[-1]
+        if kind == "begin":
+            start = record["from"]
+            self.attempts.append(Attempt(record["attempt"], start, start, start))
+        elif kind == "open":
             # Between two commits a shorter range may follow a longer one: what was opened stays charged until a close.
-            current.end = max(current.end, record["to"])
+            self.attempts[-1].end = max(self.attempts[-1].end, record["to"])
+            self.plans.add(record["plan"])
         else:
             self.attempts[-1].committed, self.attempts[-1].end = record["step"], record["to"]
         self.head = digest
