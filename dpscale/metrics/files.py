@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dpscale.durable import sync_directory, write_atomically
 from dpscale.errors import RunDirectoryError
 
 PRIVATE_MODE = 0o600
@@ -39,7 +40,7 @@ class AppendFile:
         """Put what was appended on disk, with the directory entry. Raises: RunDirectoryError."""
         with explained(self.path):
             os.fsync(self._open())
-            _fsync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def truncate(self, size: int) -> None:
         """Cut the file to `size` bytes; nothing happens to a shorter one. Raises: RunDirectoryError."""
@@ -74,15 +75,9 @@ def replace_file(path: Path, chunks: Iterable[bytes], mode: int) -> None:
 
     Raises: RunDirectoryError when the directory cannot be written or is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
     with explained(path):
         make_private_directory(path.parent)
-        with os.fdopen(_open_for_writing(temporary, os.O_TRUNC, mode), "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _fsync_directory(path.parent)
+        write_atomically(path, b"".join(chunks), mode)
 
 
 def make_private_directory(path: Path) -> None:
@@ -109,11 +104,3 @@ def _open_for_writing(path: Path, flag: int, mode: int) -> int:
         # The mode of os.open applies to new files only: one that was copied or left over may be open to others.
         os.fchmod(descriptor, mode)
     return descriptor
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

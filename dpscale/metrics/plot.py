@@ -82,7 +82,7 @@ def latest(records: list[Record]) -> list[Record]:
     attempt = 0
     for record in records:
         now = record.get("attempt") or attempt
-        if now > attempt:
+        if now != attempt:  # a copied run's number may be smaller
             kept = [earlier for earlier in kept if (earlier["step"] or 0) < (record["step"] or 0)]
             attempt = int(now)
         kept.append(record)

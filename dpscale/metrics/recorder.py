@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from dpscale.config import RunConfig
 from dpscale.metrics.plot import plot_run
 from dpscale.metrics.progress import ProgressBar
-from dpscale.metrics.records import read_records
+from dpscale.metrics.records import Record, read_records
 from dpscale.metrics.status import write_status
 from dpscale.metrics.streams import PublicStream, SensitiveStream
 from dpscale.metrics.tensorboard import TensorBoardWriter
@@ -25,8 +27,10 @@ class Recorder:
         self._public = PublicStream(run_dir, validation_is=config.data.validation_is, enabled=enabled)
         self._sensitive = SensitiveStream(run_dir, enabled=enabled and config.metrics.sensitive)
         self._tensorboard = TensorBoardWriter(run_dir) if enabled and config.metrics.tensorboard else None
+        self._public.on_commit(self._remember)
         if self._tensorboard is not None:
             self._public.on_commit(self._tensorboard)
+        self._released_accuracy: float | None = None
         self._recorded_step = -1
         self._attempt = 0
         self.durable_step: int | None = None
@@ -105,16 +109,32 @@ class Recorder:
         return bar if shown else nullcontext(bar)
 
     def shown_accuracy(self, validation: Mapping[str, float]) -> float | None:
-        """Held-out accuracy as far as it may be shown: public, or asked for with metrics.sensitive."""
+        """Held-out accuracy as far as the bar may show it, beside the step that is under way.
+
+        On the owner's terminal: this one, where it is public or was asked for with metrics.sensitive. Elsewhere, since
+        a log may be shared: the newest public one whose step is durable.
+        """
+        if not sys.stderr.isatty():
+            return self._released_accuracy
         may = self._config.data.validation_is == "public" or self._config.metrics.sensitive
         return validation.get("accuracy") if may else None
 
+    def _remember(self, record: Record) -> None:
+        accuracy = record.get("validation_accuracy")
+        self._released_accuracy = self._released_accuracy if accuracy is None else float(accuracy)
+
     def plot(self) -> Path | None:
-        """Draw the public records to RUN/plot.svg; None where matplotlib is missing or nothing was recorded."""
-        try:
-            return plot_run(self._run_dir, epsilon_allowed=self._plan.epsilon_target, path=self._run_dir / "plot.svg")
-        except ImportError:
+        """Draw the public records to RUN/plot.svg; None where matplotlib is missing or nothing was recorded.
+
+        Raises: RunDirectoryError when a file cannot be read or written.
+        """
+        drawn = ("epsilon", "validation_accuracy")
+        records = read_records(self._run_dir / "metrics" / "public.jsonl")
+        if importlib.util.find_spec("matplotlib") is None:
             return None
+        if not any(record.get(name) is not None for record in records for name in drawn):
+            return None
+        return plot_run(self._run_dir, epsilon_allowed=self._plan.epsilon_target, path=self._run_dir / "plot.svg")
 
     def close(self) -> None:
         """Let go of the files."""
