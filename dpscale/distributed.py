@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -14,32 +14,41 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dpscale.errors import DivergedError, DpscaleError, InputError
+from dpscale.rollcall import call_the_roll
+from dpscale.slurm import SlurmTask, local_device_ids, node_address, visible_devices
 
 COORDINATOR = "DPSCALE_COORDINATOR"
 NUM_PROCESSES = "DPSCALE_NUM_PROCESSES"
 PROCESS_ID = "DPSCALE_PROCESS_ID"
-INITIALIZATION_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
 class Membership:
-    """This process's place among the processes of a run; `coordinator` is host:port of process 0."""
+    """This process's place among the processes of a run.
+
+    `coordinator`: host:port of process 0, where it is known beforehand; None where the processes agree on it by a roll
+    call, which needs `task`. `local_device_ids`: this process's share of the devices that it sees; None: all of them.
+    """
 
     process_id: int = 0
     num_processes: int = 1
     coordinator: str | None = None
+    local_device_ids: tuple[int, ...] | None = None
+    task: SlurmTask | None = None
 
     @classmethod
-    def from_environment(cls, environment: dict[str, str] | None = None) -> Membership:
-        """What the launcher said in DPSCALE_COORDINATOR, DPSCALE_NUM_PROCESSES and DPSCALE_PROCESS_ID; alone if none.
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Membership:
+        """What a launcher said in DPSCALE_COORDINATOR, DPSCALE_NUM_PROCESSES and DPSCALE_PROCESS_ID; else what srun
+        says; else alone.
 
-        Raises: InputError when only some of them are set, or they are not numbers in range.
+        Raises: InputError when only some of them are set, they are not numbers in range, or the devices cannot be
+        shared among the tasks of a node.
         """
         values = os.environ if environment is None else environment
         names = (PROCESS_ID, NUM_PROCESSES, COORDINATOR)
         given = [values.get(name) for name in names]
         if not any(given):
-            return cls()
+            return cls._of_task(SlurmTask.from_environment(values), values)
         try:
             process_id, num_processes = int(given[0] or ""), int(given[1] or "")
         except ValueError:
@@ -49,26 +58,84 @@ class Membership:
             raise InputError(f"{seen}: a launcher sets all three, with 0 <= id < number; unset them to run alone")
         return cls(process_id, num_processes, given[2])
 
+    @classmethod
+    def _of_task(cls, task: SlurmTask | None, values: Mapping[str, str]) -> Membership:
+        if task is None or task.num_tasks == 1:
+            return cls()
+        own = local_device_ids(visible_devices(values), task.local_tasks, task.local_id)
+        return cls(task.rank, task.num_tasks, None, own, task)
 
-def initialize(membership: Membership) -> None:
+
+@dataclass(frozen=True)
+class StartupLimits:
+    """Seconds: for all processes to come, without a sign of life, and for all to leave. A site's profile sets them."""
+
+    init_s: float = 900.0
+    heartbeat_s: float = 30.0
+    shutdown_s: float = 30.0
+
+    @classmethod
+    def from_environment(cls, values: Mapping[str, str] = os.environ) -> StartupLimits:
+        """DPSCALE_INIT_TIMEOUT_S, DPSCALE_HEARTBEAT_TIMEOUT_S and DPSCALE_SHUTDOWN_TIMEOUT_S, or the defaults.
+
+        Raises: InputError when one is not a positive number.
+        """
+        limits = {}
+        for field in fields(cls):
+            name = f"DPSCALE_{field.name.removesuffix('_s').upper()}_TIMEOUT_S"
+            try:
+                limits[field.name] = float(values.get(name, field.default))  # type: ignore[arg-type]
+            except ValueError:
+                limits[field.name] = 0.0
+            if not limits[field.name] > 0:
+                raise InputError(f"{name}={values[name]}: give seconds above 0")
+        return cls(**limits)
+
+
+def initialize(membership: Membership, limits: StartupLimits | None = None) -> None:
     """Join the other processes; does nothing for a process alone or a second call.
 
-    Raises: DpscaleError when not all processes arrive in time.
+    Raises: DpscaleError when not all processes arrive in time; after a roll call it names who is missing, and where.
     """
     if membership.num_processes == 1 or jax.distributed.is_initialized():
         return
+    limits = limits or StartupLimits.from_environment()
+    coordinator = membership.coordinator or _agreed_coordinator(membership, limits)
+    own = membership.local_device_ids
+    # jax's own listener for SIGTERM would take the signal away from dpscale.stopping.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            coordinator_address=membership.coordinator,
+            coordinator_address=coordinator,
             num_processes=membership.num_processes,
             process_id=membership.process_id,
-            initialization_timeout=INITIALIZATION_TIMEOUT_S,
+            local_device_ids=None if own is None else list(own),
+            cluster_detection_method="deactivate",
+            initialization_timeout=int(limits.init_s),
+            heartbeat_timeout_seconds=int(limits.heartbeat_s),
+            shutdown_timeout_seconds=int(limits.shutdown_s),
         )
     except RuntimeError as error:
         raise DpscaleError(
-            f"process {membership.process_id} of {membership.num_processes} could not join {membership.coordinator} "
-            f"within {INITIALIZATION_TIMEOUT_S} s: every process must start and reach that address ({error})"
+            f"process {membership.process_id} of {membership.num_processes} could not join {coordinator} "
+            f"within {limits.init_s:.0f} s: every process must start and reach that address ({error})"
         ) from error
+
+
+def leave() -> None:
+    """Wait for the other processes, then leave them; does nothing for a process alone."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def _agreed_coordinator(membership: Membership, limits: StartupLimits) -> str:
+    task = membership.task
+    assert task is not None
+    host = node_address(task.nodes[0])
+    port = call_the_roll(
+        task.identity, task.rank, task.num_tasks, host, task.ports, limits.init_s, rank_nodes=task.rank_nodes
+    )
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def decided_by_process_zero(decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -5,25 +5,37 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
-EXIT_DONE, EXIT_WANTS_REQUEUE, EXIT_CRASH = 0, 75, 13
+from launch.attempt import Attempt
+
+if TYPE_CHECKING:
+    from dpscale.stopping import StopRequests
+    from dpscale.watchdog import Watchdog
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_CRASH, EXIT_WANTS_REQUEUE = 0, 2, 13, 75
+# The end of process 0 aborts the others: they may first say what they have to say.
+PROCESS_ZERO_ENDS_LATER_S = 2.0
 
 
 @dataclass(frozen=True)
 class TaskArguments:
-    """The same for every process of a run."""
+    """The same for every process of a run. `logs`: each task writes to RUN/attempts/JOB.RESTART/rank-K.log."""
 
     config: str
     overrides: tuple[str, ...]
     run_dir: str
     new_attempt: bool = False
+    logs: bool = False
 
     def command(self) -> list[str]:
         """Arguments of `python -m launch.runtime`."""
         return [
             *(["--new-attempt"] if self.new_attempt else []),
+            *(["--logs"] if self.logs else []),
             *("--run-dir", self.run_dir, "--", self.config, *self.overrides),
         ]
 
@@ -31,43 +43,86 @@ class TaskArguments:
 def run_task(arguments: TaskArguments) -> int:
     """Train, and say how it ended; the process's exit code.
 
-    Raises: DpscaleError, in a process alone. Among several, an error ends this process at once instead: jax would
-    otherwise wait for the others at exit, and they for it.
+    Raises: DpscaleError, in a process alone without log files. Otherwise the process ends here, without Python's exit
+    hooks: among several, jax would wait for the others, and they for it.
     """
+    from dpscale.stopping import StopRequests
+
+    stops = StopRequests.from_environment()
+    stops.install()  # before the imports that take seconds: an early signal is not lost
     from dpscale.distributed import Membership
     from dpscale.errors import DpscaleError
+    from dpscale.watchdog import Watchdog
 
-    alone = Membership.from_environment().num_processes == 1
+    attempt = Attempt.from_environment(arguments.run_dir) if arguments.logs else None
+    if attempt is not None:
+        attempt.open()
+    alone = False
     try:
-        return _train(arguments)
+        membership = Membership.from_environment()
+        alone = membership.num_processes == 1 and attempt is None
+        crash_file = attempt.crash if attempt is not None else sys.stderr
+        code = _train(arguments, stops, Watchdog.off() if alone else Watchdog.from_environment(crash_file))
+        if membership.num_processes > 1:
+            _leave_together()
     except DpscaleError as error:
         if alone:
             raise
-        _end_now(f"dpscale: {error}\n", error.exit_code)
+        _fail(attempt, f"dpscale: {error}\n", error.exit_code)
     except BaseException:
         if alone:
             raise
-        _end_now(traceback.format_exc(), EXIT_CRASH)
-    return EXIT_CRASH
+        _fail(attempt, traceback.format_exc(), EXIT_CRASH)
+    if not alone:
+        if attempt is not None:
+            attempt.close()
+        _end_now(code)
+    return code
 
 
-def _train(arguments: TaskArguments) -> int:
-    from dpscale.stopping import StopRequests
-
-    stops = StopRequests()
-    stops.install()  # before the imports that take seconds: an early signal is not lost
+def _train(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) -> int:
     from dpscale.config import load_config
     from dpscale.distributed import is_main
     from dpscale.train import train
 
     config = load_config(arguments.config, arguments.overrides)
-    result = train(config, arguments.run_dir, new_attempt=arguments.new_attempt, stops=stops)
+    result = train(config, arguments.run_dir, new_attempt=arguments.new_attempt, stops=stops, watchdog=watchdog)
     if is_main():
         for line in _summary(result):
             print(line, flush=True)
     if result.state == "finished":
         return EXIT_DONE
     return EXIT_WANTS_REQUEUE if result.wants_requeue else EXIT_DONE
+
+
+def _leave_together() -> None:
+    """After a barrier all processes end within milliseconds: srun ends the others at the first exit code above 0.
+
+    Until then the signals stay ours, so that none of them dies of srun's TERM.
+    """
+    import signal
+
+    from dpscale.distributed import leave
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    leave()
+
+
+def _fail(attempt: Attempt | None, message: str, code: int) -> NoReturn:
+    sys.stderr.write(message)
+    sys.stderr.flush()
+    if attempt is not None:
+        attempt.failed(message)
+    if int(os.environ.get("DPSCALE_PROCESS_ID") or os.environ.get("SLURM_PROCID") or 0) == 0:
+        time.sleep(PROCESS_ZERO_ENDS_LATER_S)
+    _end_now(code)
+
+
+def _end_now(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _summary(result) -> list[str]:
@@ -96,22 +151,17 @@ def _summary(result) -> list[str]:
     return lines
 
 
-def _end_now(message: str, code: int) -> None:
-    sys.stderr.write(message)
-    sys.stderr.flush()
-    sys.stdout.flush()
-    os._exit(code)
-
-
 def main() -> None:
-    """`python -m launch.runtime [--new-attempt] --run-dir DIR -- CONFIG [section.key=value ...]`."""
+    """`python -m launch.runtime [--new-attempt] [--logs] --run-dir DIR -- CONFIG [section.key=value ...]`."""
     parser = argparse.ArgumentParser(prog="launch.runtime")
     parser.add_argument("--new-attempt", action="store_true")
+    parser.add_argument("--logs", action="store_true")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
-    sys.exit(run_task(TaskArguments(given.config, tuple(given.overrides), given.run_dir, given.new_attempt)))
+    arguments = TaskArguments(given.config, tuple(given.overrides), given.run_dir, given.new_attempt, given.logs)
+    sys.exit(run_task(arguments))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ LAYERS = [
     ["dpscale.clipping", "dpscale.baseline"],
     ["dpscale.chacha"],
     ["dpscale.noise"],
-    ["dpscale.mesh", "dpscale.state", "dpscale.optimizer", "dpscale.distributed", "dpscale.stopping"],
+    ["dpscale.mesh", "dpscale.state", "dpscale.optimizer", "dpscale.stopping", "dpscale.watchdog"],
+    ["dpscale.rollcall", "dpscale.slurm"],
+    ["dpscale.distributed"],
     ["dpscale.step", "dpscale.replicas", "dpscale.run_directory", "dpscale.lease", "dpscale.program"],
     ["dpscale.feed", "dpscale.loop", "dpscale.evaluate", "dpscale.checkpoint", "dpscale.task", "dpscale.metrics"],
     ["dpscale.session"],
@@ -35,7 +37,13 @@ LAYERS = [
     ["dpscale.__main__"],
 ]
 WITHOUT_JAX = ["dpscale", "dpscale.config", "dpscale.privacy.plan", "dpscale.privacy.secret", "dpscale.sampling"]
-WITHOUT_JAX += ["dpscale.privacy.accounting", "dpscale.privacy.ledger", "dpscale.batching", "dpscale.cli", "launch.local"]
+WITHOUT_JAX += [
+    "dpscale.privacy.accounting",
+    "dpscale.privacy.ledger",
+    "dpscale.batching",
+    "dpscale.cli",
+    "launch.local",
+]
 
 
 def modules() -> dict[str, Path]:
