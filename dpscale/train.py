@@ -282,7 +282,7 @@ class _Run:
                 if info.step < last:
                     bar.update(info.step, self._epsilon_now_and_then(info.step))
                 if every and info.step % every == 0 and info.step < last:
-                    bar.update(info.step, accuracy=self._evaluate(info.step))
+                    bar.update(info.step, self._epsilon(info.step), accuracy=self._evaluate(info.step))
                 if info.save or self._is_due(info.step):
                     self._save(info.step)
                 if is_main():
