@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,14 @@ import numpy as np
 from dpscale.config import RunConfig
 
 # Sections and keys that change no gradient, no noise and no update: they may change from one start to the next.
-FREE = {"performance": None, "checkpoint": None, "metrics": None, "run": {"name"}, "data": {"residence", "num_threads"}}
+FREE = {
+    "performance": None,
+    "checkpoint": None,
+    "metrics": None,
+    "run": {"name"},
+    "data": {"residence", "num_threads", "validation", "validation_is"},
+    "training": {"evaluate_every_steps"},
+}
 PACKAGES = ("dpscale", "jax", "jaxlib", "flax", "optax", "numpy")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -24,8 +31,9 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 def program_facts(config: RunConfig, loss: Callable[..., Any], params: Any, example: Any, uses_key: bool) -> dict:
     """Flat, JSON-like facts; two starts of a run with equal facts compute the same step functions.
 
-    The loss enters as the digest of its program for one example, so that an edit of the model's or the loss's code is
-    seen, and so are constants that it closes over. Nothing here derives from training data.
+    The loss enters as the digest of its program and its gradient's for one example, so that an edit of the model's or
+    the loss's code is seen, also inside custom derivatives, and so are constants that it closes over, at any depth.
+    Nothing here derives from training data.
     """
     facts: dict[str, Any] = {}
     for section, values in config.model_dump(exclude_none=True).items():
@@ -51,10 +59,19 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def _program_digest(loss: Callable[..., Any], params: Any, example: Any, uses_key: bool) -> str:
     key = (jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)),) if uses_key else ()
-    program = jax.make_jaxpr(loss)(params, example, *key)
-    text = _ADDRESS.sub("", str(program.jaxpr))
-    hasher = hashlib.sha256(text.encode())
-    for constant in program.consts:
-        is_key = jnp.issubdtype(constant.dtype, jax.dtypes.prng_key)
+    program = jax.make_jaxpr(jax.value_and_grad(loss, allow_int=True))(params, example, *key)
+    hasher = hashlib.sha256(_ADDRESS.sub("", str(program.jaxpr)).encode())
+    for constant in _constants(program):
+        is_key = jnp.issubdtype(jax.dtypes.result_type(constant), jax.dtypes.prng_key)
         hasher.update(np.asarray(jax.random.key_data(constant) if is_key else constant).tobytes())
     return hasher.hexdigest()
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """Values that a program closes over, those of the programs that it calls included, whose text leaves them out."""
+    yield from getattr(program, "consts", ())
+    for equation in getattr(program, "jaxpr", program).eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from _constants(inner)
