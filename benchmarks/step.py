@@ -15,6 +15,7 @@ from dpscale.batching import BatchLayout
 from dpscale.config import RunConfig, load_config
 from dpscale.data.open import open_source
 from dpscale.feed import Feed
+from dpscale.gradients import compiled_steps
 from dpscale.loop import StepKeys, training_steps
 from dpscale.mesh import data_mesh, place_replicated
 from dpscale.optimizer import make_optimizer
@@ -24,7 +25,6 @@ from dpscale.sampling import PoissonSampler
 from dpscale.state import TrainState
 from dpscale.step import Rows, StepFunctions, requests_array
 from dpscale.task import build_task
-from dpscale.train import compiled_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = RootSecret.from_insecure_seed(0)
@@ -47,6 +47,7 @@ class Case:
         self.plan = PrivacyPlan.from_config(config.model_copy(update={"privacy": private}), num_examples=len(source))
         self.mesh = data_mesh()
         self.source = source
+        assert isinstance(config.performance.physical_batch_size, int)
         self.layout = BatchLayout(config.performance.physical_batch_size, self.mesh.size)
         self.sampler = PoissonSampler(self.plan.num_examples, self.plan.sampling_rate, SECRET.derive("sampling"))
         self.task = build_task(config, source.metadata)

@@ -1,4 +1,4 @@
-"""The command line. jax and dp-accounting are imported by the verbs that need them, so that the others answer at once."""
+"""The command line. jax and dp-accounting are imported by the verbs that need them; the others answer at once."""
 
 from __future__ import annotations
 

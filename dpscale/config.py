@@ -177,7 +177,9 @@ class PrivacySection(Section):
 class PerformanceSection(Section):
     """Nothing here changes an index, a noise bit or epsilon."""
 
-    physical_batch_size: PositiveInt = Field(64, description="examples per device in one accumulation")
+    physical_batch_size: PositiveInt | Literal["auto"] = Field(
+        64, description='examples per device in one accumulation; "auto": the largest that fits'
+    )
     clipping_method: Literal["auto", "bookkeeping", "ghost", "materialize"] = Field(
         "auto", description="how per-example gradients are clipped; the result is the same"
     )
@@ -260,7 +262,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> RunCo
     try:
         return RunConfig.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = list(dict.fromkeys(_explain(item) for item in error.errors()))
         raise InputError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
 
 
@@ -310,7 +312,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    # A key has two parts; what follows is an index into a list, or which of several types was tried.
+    place = ".".join(str(part) for part in error["loc"][:2])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]

@@ -17,14 +17,15 @@ from dpscale.config import RunConfig
 from dpscale.data.resident import Resident
 from dpscale.data.source import ExampleSource
 from dpscale.feed import blank_rows
+from dpscale.gradients import compiled_steps
 from dpscale.mesh import data_mesh, place_replicated
 from dpscale.optimizer import make_optimizer
+from dpscale.physical_batch import physical_batch_size
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.sampling import PoissonSampler
 from dpscale.state import TrainState
 from dpscale.step import Rows, StepFunctions, requests_array
 from dpscale.task import build_task
-from dpscale.train import compiled_steps
 
 REPEATS = 3
 
@@ -38,6 +39,7 @@ class Estimate:
 
     num_parameters: int
     num_devices: int
+    physical_batch_size: int
     device_kind: str
     accumulations: float
     padding_waste: float
@@ -50,8 +52,9 @@ class Estimate:
 def estimate(config: RunConfig, plan: PrivacyPlan, source: ExampleSource) -> Estimate:
     """Compile the run's two step functions for the devices at hand and time them on rows of zeros."""
     mesh = data_mesh()
-    layout = BatchLayout(config.performance.physical_batch_size, mesh.size)
     task = build_task(config, source.metadata)
+    physical = physical_batch_size(config, plan, task, source, mesh.size)
+    layout = BatchLayout(physical, mesh.size)
     optimizer = make_optimizer(config.optimizer, plan.steps)
     state = place_replicated(mesh, TrainState.create(task.params, optimizer))
     rows = blank_rows(mesh, source, layout, config.data)
@@ -67,6 +70,7 @@ def estimate(config: RunConfig, plan: PrivacyPlan, source: ExampleSource) -> Est
     return Estimate(
         num_parameters=task.num_parameters,
         num_devices=mesh.size,
+        physical_batch_size=physical,
         device_kind=mesh.devices.flat[0].device_kind,
         accumulations=accumulations,
         padding_waste=layout.expected_padding_waste(sampler),

@@ -29,13 +29,14 @@ def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
     )
     plan = PrivacyPlan.from_config(config, num_examples=len(source))
     yield from _privacy_lines(plan)
+    physical = config.performance.physical_batch_size
     if measure:
         yield from _measured_lines(config, plan, source)
-    else:
+    elif physical != "auto":
         # The key enters no figure here: any sampler of this size and rate draws as many examples.
         sampler = PoissonSampler(plan.num_examples, plan.sampling_rate, bytes(32), plan.max_batch_size)
-        layout = BatchLayout(config.performance.physical_batch_size, 1)
-        yield f"padding           {layout.expected_padding_waste(sampler):.1%} of all rows on one device, expected"
+        waste = BatchLayout(physical, 1).expected_padding_waste(sampler)
+        yield f"padding           {waste:.1%} of all rows on one device, expected"
 
 
 def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
@@ -62,8 +63,8 @@ def _measured_lines(config: RunConfig, plan: PrivacyPlan, source) -> Iterator[st
     found = estimate(config, plan, source)
     yield f"model             {found.num_parameters:,} parameters"
     yield f"devices           {found.num_devices} x {found.device_kind}"
-    rows = config.performance.physical_batch_size * found.num_devices
-    yield f"accumulations     {found.accumulations:.2f} a step expected, of {rows} rows"
+    rows = f"{found.physical_batch_size} rows on each device"
+    yield f"accumulations     {found.accumulations:.2f} a step expected, of {rows}"
     yield f"padding           {found.padding_waste:.1%} of all rows, expected"
     mebibytes = [f"{n / 2**20:.1f}" for n in (found.state_bytes, found.temporary_bytes, found.data_bytes)]
     yield "memory per device {} MiB state, {} MiB temporary, {} MiB data".format(*mebibytes)

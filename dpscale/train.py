@@ -13,35 +13,31 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
-from dpscale.baseline import summed_grad
 from dpscale.batching import BatchLayout
 from dpscale.checkpoint import Checkpoints
-from dpscale.clipping import clipped_grad
 from dpscale.config import RunConfig, load_config
 from dpscale.data.open import as_source, open_source
-from dpscale.data.resident import Resident
 from dpscale.data.source import ExampleSource
 from dpscale.distributed import Membership, check_agreement, decided_by_process_zero, initialize, is_main
 from dpscale.errors import InputError
 from dpscale.evaluate import Evaluator
 from dpscale.feed import Feed, blank_rows
+from dpscale.gradients import compiled_steps
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
 from dpscale.mesh import data_mesh, place_replicated, replicated
 from dpscale.metrics.recorder import Recorder
 from dpscale.optimizer import learning_rate_schedule, make_optimizer
+from dpscale.physical_batch import physical_batch_size
 from dpscale.privacy.ledger import Ledger
-from dpscale.privacy.plan import PrivacyPlan
 from dpscale.program import program_facts
 from dpscale.replicas import ReplicaCheck
 from dpscale.run_directory import RunDirectory
 from dpscale.sampling import PoissonSampler
 from dpscale.session import Briefing, ledger_facts, open_session
 from dpscale.state import TrainState
-from dpscale.step import Rows, StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
+from dpscale.step import requests_array
 from dpscale.stopping import StopRequests
 from dpscale.task import Task, build_task, example_shapes
 from dpscale.watchdog import Watchdog
@@ -139,26 +135,6 @@ def train(
             return run.close()
 
 
-def compiled_steps(
-    config: RunConfig,
-    plan: PrivacyPlan,
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    state: TrainState,
-    table: Resident,
-    rows: Rows,
-) -> StepFunctions:
-    """Both step functions of a task, private or not, compiled for the shapes of `state`, `table` and `rows`."""
-    if plan.enabled:
-        method = config.performance.clipping_method
-        summed = clipped_grad(task.loss, clip_norm=config.privacy.clip_norm, method=method)
-    else:
-        summed = summed_grad(task.loss)
-    accumulate = build_accumulate(mesh, summed, config.privacy.clip_norm, task.uses_key)
-    return compile_steps(accumulate, build_finalize(mesh, plan, optimizer), mesh, state, table, rows)
-
-
 class _Run:
     """The parts of one call of `train`, in the order in which they come to be: open, build, loop, close."""
 
@@ -227,7 +203,8 @@ class _Run:
             self.briefing.secret.derive("sampling"),
             self.plan.max_batch_size,
         )
-        layout = BatchLayout(self.config.performance.physical_batch_size, self.mesh.size)
+        rows_per_device = self._physical_batch_size()
+        layout = BatchLayout(rows_per_device, self.mesh.size)
         self.feed = Feed(
             self.mesh,
             self.source,
@@ -256,10 +233,21 @@ class _Run:
         )
         self.check_replicas = ReplicaCheck(self.mesh)
         if self.held_out is not None:
-            self.evaluator = Evaluator(
-                self.mesh, self.task.metrics, self.held_out, self.config.performance.physical_batch_size
-            )
+            self.evaluator = Evaluator(self.mesh, self.task.metrics, self.held_out, rows_per_device)
         self.metrics.recover(self.briefing.start_step if self.briefing.restore else None, self.briefing.attempt)
+
+    def _physical_batch_size(self) -> int:
+        """The same on every process, whatever memory each has free."""
+
+        def decide() -> dict[str, Any]:
+            size = physical_batch_size(self.config, self.plan, self.task, self.source, self.mesh.size)
+            return {"rows": size}
+
+        if self.config.performance.physical_batch_size != "auto":
+            return decide()["rows"]
+        rows = decided_by_process_zero(decide)["rows"]
+        self.report(f"physical batch: {rows} examples per device (performance.physical_batch_size = auto)")
+        return rows
 
     def loop(self, *, progress: bool) -> None:
         """Run the steps; evaluate, save and record as the config says."""

@@ -132,3 +132,10 @@ def test_every_key_is_documented():
         for key, info in field.annotation.model_fields.items():  # pyright: ignore[reportOptionalMemberAccess]
             assert info.description, f"{section}.{key} has no description"
             assert f"  {key} " in text
+
+
+@pytest.mark.parametrize("given", ["0", "-3", "'most'", "1.5"])
+def test_a_physical_batch_is_a_number_or_auto(given):
+    assert load_config(QUICKSTART, ["performance.physical_batch_size=auto"]).performance.physical_batch_size == "auto"
+    with pytest.raises(InputError, match=r"performance\.physical_batch_size="):
+        load_config(QUICKSTART, [f"performance.physical_batch_size={given}"])

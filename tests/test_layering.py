@@ -28,6 +28,8 @@ LAYERS = [
     ["dpscale.distributed"],
     ["dpscale.step", "dpscale.replicas", "dpscale.run_directory", "dpscale.lease", "dpscale.program"],
     ["dpscale.feed", "dpscale.loop", "dpscale.evaluate", "dpscale.checkpoint", "dpscale.task", "dpscale.metrics"],
+    ["dpscale.gradients"],
+    ["dpscale.physical_batch"],
     ["dpscale.session"],
     ["dpscale.train"],
     ["dpscale.estimate", "dpscale.plan_text"],

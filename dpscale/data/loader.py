@@ -18,7 +18,10 @@ _ENDLESS = 2**62
 class Draws(Protocol):
     """What says which examples belong to a step: a PoissonSampler, or EveryExample."""
 
-    num_examples: int
+    @property
+    def num_examples(self) -> int:
+        """Size of the data set that is drawn from."""
+        ...
 
     def indices(self, step: int, attempt: int = 0) -> np.ndarray:
         """The step's examples, int64[n]; a pure function of its arguments, the same on every process."""

@@ -1,0 +1,39 @@
+"""Which sum of gradients a run takes, clipped or not, and its two step functions compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optax
+from jax.sharding import Mesh
+
+from dpscale.baseline import summed_grad
+from dpscale.clipping import ClippedSum, clipped_grad
+from dpscale.config import RunConfig
+from dpscale.data.resident import Resident
+from dpscale.privacy.plan import PrivacyPlan
+from dpscale.state import TrainState
+from dpscale.step import Rows, StepFunctions, build_accumulate, build_finalize, compile_steps
+from dpscale.task import Task
+
+
+def gradient_sum(config: RunConfig, plan: PrivacyPlan, task: Task) -> Callable[..., ClippedSum]:
+    """The clipped sum of the task's per-example gradients, or without privacy the plain one."""
+    if not plan.enabled:
+        return summed_grad(task.loss)
+    return clipped_grad(task.loss, clip_norm=config.privacy.clip_norm, method=config.performance.clipping_method)
+
+
+def compiled_steps(
+    config: RunConfig,
+    plan: PrivacyPlan,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+    table: Resident,
+    rows: Rows,
+) -> StepFunctions:
+    """Both step functions of a task, compiled for the shapes of `state`, `table` and `rows`."""
+    accumulate = build_accumulate(mesh, gradient_sum(config, plan, task), config.privacy.clip_norm, task.uses_key)
+    return compile_steps(accumulate, build_finalize(mesh, plan, optimizer), mesh, state, table, rows)
