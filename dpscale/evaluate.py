@@ -41,6 +41,7 @@ class Evaluator:
         self._add = _accumulator(mesh, metrics)
         self._total = jax.jit(lambda sums: jax.tree.map(lambda x: x.sum(0), sums), out_shardings=replicated(mesh))
         self._metrics = metrics
+        self._zero_sums: Callable[[], Any] | None = None  # made, and compiled, at the first call
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Means over all examples, by the metrics' names; blocks until they are known."""
@@ -48,20 +49,20 @@ class Evaluator:
         for k in range(self._layout.accumulations(len(self._source))):
             ids, mask = self._layout.rows(self._indices, k, local_positions(self._mesh))
             batch = {name: place_rows(self._mesh, column) for name, column in self._source.rows(ids).items()}
-            if sums is None:
-                sums = self._zeros(params, batch)
+            if self._zero_sums is None:
+                self._zero_sums = self._build_zero_sums(params, batch)
+            sums = self._zero_sums() if sums is None else sums
             sums = self._add(params, sums, batch, place_rows(self._mesh, mask))
         totals = jax.device_get(self._total(sums))
         return {name: float(total) / len(self._source) for name, total in totals.items()}
 
-    def _zeros(self, params: Any, batch: Any) -> Any:
+    def _build_zero_sums(self, params: Any, batch: Any) -> Callable[[], Any]:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         names = jax.eval_shape(self._metrics, params, example)
         devices = self._mesh.size
-        make = jax.jit(
+        return jax.jit(
             lambda: jax.tree.map(lambda x: jnp.zeros(devices, jnp.float32), names), out_shardings=split(self._mesh)
         )
-        return make()
 
 
 def _accumulator(mesh: Mesh, metrics: Callable[[Any, Any], dict[str, jax.Array]]):
