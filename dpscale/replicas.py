@@ -37,10 +37,21 @@ class ReplicaCheck:
 
 
 def _checksum(params: Any) -> jax.Array:
-    """uint32[1]: a sum over all elements in which each has a weight by its place, so that exchanges are seen."""
+    """uint32[1]: the sum of a hash of each element's bits and place.
+
+    Any change of one element is seen. The hash is not linear, so that changes of several elements (exchanges, two
+    flipped signs) do not cancel but by chance, 2**-32.
+    """
     total = jnp.zeros((1,), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(params)):
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
-        place = jnp.arange(bits.size, dtype=jnp.uint32) * np.uint32(2654435761) + np.uint32(2 * number + 1)
-        total += jnp.sum(bits * (place | np.uint32(1)), dtype=jnp.uint32)
+        place = _mix(jnp.arange(bits.size, dtype=jnp.uint32) + _mix(jnp.uint32(number + 1)))
+        total += jnp.sum(_mix(bits + place), dtype=jnp.uint32)
     return total
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's 32-bit finaliser: a bijection in which each bit of x moves half of the result's."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
