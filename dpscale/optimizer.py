@@ -8,7 +8,10 @@ from dpscale.config import OptimizerSection
 
 
 def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
-    """Learning rate of each step: linear warm-up from 0 to the peak, then the named decay to the last of `steps`."""
+    """Learning rate of each step: linear warm-up from 0 to the peak, then the named decay.
+
+    The decay is at its end once all `steps` are done, so that the last step still moves where it ends at 0.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     decay_steps = max(1, steps - warmup)
     if config.schedule == "cosine":
