@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dpscale.cli_cluster import register
 from dpscale.config import describe_keys, load_config
 from dpscale.errors import InputError
 
@@ -158,3 +159,6 @@ def _sampling_rate(rate: float | None, batch_size: float | None, examples: int |
     if batch_size is None or not examples:
         raise InputError("the sampling rate is missing: give --sampling-rate, or --batch-size with --examples")
     return batch_size / examples
+
+
+register(app)

@@ -131,7 +131,9 @@ def leave() -> None:
 def _agreed_coordinator(membership: Membership, limits: StartupLimits) -> str:
     task = membership.task
     assert task is not None
-    host = node_address(task.nodes[0])
+    # The job script has asked for its own node's address already, which spares the controller one question a task.
+    known = os.environ.get("DPSCALE_HEAD_ADDRESS") if os.environ.get("DPSCALE_HEAD_NODE") == task.nodes[0] else None
+    host = known or node_address(task.nodes[0])
     port = call_the_roll(
         task.identity, task.rank, task.num_tasks, host, task.ports, limits.init_s, rank_nodes=task.rank_nodes
     )

@@ -1,0 +1,135 @@
+"""What a run does right now: from squeue and scontrol, then sacct, then the run's own files. Imports no jax."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dpscale.errors import InputError
+from dpscale.metrics.status import read_status
+from launch import slurm_commands
+from launch.submit import jobs_of
+
+WHY = {
+    "requeue": "saved its state and was queued again",
+    "requeue-after-crash": "crashed after new checkpoints, queued again",
+    "gave-up": "not queued again: no progress, or too many crashes",
+    "slurm-decides": "ended by SLURM (cancelled, preempted or requeued)",
+    "final": "final",
+}
+
+
+def require_run(run_dir: Path) -> None:
+    """Raises: InputError when there is no run in that directory."""
+    if not (run_dir / "run.json").exists() and not (run_dir / "attempts").exists():
+        raise InputError(f"{run_dir} is no run's directory: give what `dpscale submit` or `dpscale train` printed")
+
+
+def status_lines(run_dir: Path) -> list[str]:
+    """State, progress, privacy spent, checkpoint, restarts and why; one line each."""
+    require_run(run_dir)
+    jobs = jobs_of(run_dir)
+    newest = jobs[-1:]
+    facts = slurm_commands.job_states(newest).get(newest[0], {}) if newest else {}
+    own = read_status(run_dir) or {}
+    lines = [f"run            {run_dir}", f"state          {_state(run_dir, own, facts)}"]
+    if newest:
+        lines.append(f"job            {_job(newest[0], facts)}")
+    if own:
+        lines.append(f"step           {own.get('step')} of {own.get('steps')}")
+        rate = examples_per_s(run_dir)
+        if rate is not None:
+            lines.append(f"examples/s     about {rate:.3g} (planned examples between the last two checkpoints)")
+        if own.get("epsilon") is not None:
+            lines.append(f"privacy        epsilon {own['epsilon']:.3f} at delta {own['delta']:g}")
+        lines.append(f"checkpoint     {_checkpoint(own)}")
+        lines.append(f"written        {_age(own.get('updated_at'))}")
+    ends = read_ends(run_dir)
+    lines.append(f"restarts       {sum(1 for end in ends if end['decision'].startswith('requeue'))}")
+    for end in ends[-5:]:
+        reason = WHY.get(end["decision"], end["decision"])
+        where = f"job {end['job']}, restart {end['restart']}"
+        lines.append(f"  {where}: exit code {end['code']} at durable step {end['durable_step']}: {reason}")
+    crashes = sorted((run_dir / "attempts").glob("*/crash/*.txt"), key=lambda path: path.stat().st_mtime)
+    lines += [f"  crash file   {path}" for path in crashes[-3:] if path.stat().st_size]
+    return lines
+
+
+def read_ends(run_dir: Path) -> list[dict[str, Any]]:
+    """How each incarnation of each job ended, oldest first, as their scripts wrote it; half a line is left out."""
+    ends = []
+    for file in (run_dir / "attempts").glob("*.ends"):
+        for line in file.read_text(errors="replace").splitlines():
+            try:
+                ends.append({"job": file.stem, **json.loads(line)})
+            except ValueError:
+                continue
+    return sorted(ends, key=lambda end: end["at"])
+
+
+def examples_per_s(run_dir: Path) -> float | None:
+    """Planned examples per second between the last two checkpoints; None before there are two, or across a restart."""
+    manifests = sorted((run_dir / "ckpt").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)[-2:]
+    try:
+        batch = json.loads((run_dir / "plan.json").read_text())["expected_batch_size"]
+        (old, new), times = (int(path.parent.name) for path in manifests), [path.stat().st_mtime for path in manifests]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    starts = [path.stat().st_mtime for path in (run_dir / "attempts").glob("*/env.json")]
+    if new <= old or times[1] <= times[0] or any(times[0] < start < times[1] for start in starts):
+        return None
+    return (new - old) * batch / (times[1] - times[0])
+
+
+def log_files(run_dir: Path, rank: int | None) -> list[Path]:
+    """The newest incarnation's log: of `rank`, else of rank 0, and the job's own where no task has written yet.
+
+    Raises: InputError when there is none.
+    """
+    require_run(run_dir)
+    attempts = run_dir / "attempts"
+    logs = list(attempts.glob(f"*/rank-{rank or 0}.log"))
+    if not logs and rank is None:
+        logs = list(attempts.glob("job-*.log"))
+    if not logs:
+        which = f"of rank {rank} " if rank is not None else ""
+        raise InputError(f"there is no log {which}in {attempts} yet: look at `dpscale status`, or try again later")
+    return sorted(logs, key=lambda path: path.stat().st_mtime)
+
+
+def _state(run_dir: Path, own: dict[str, Any], facts: dict[str, str]) -> str:
+    if (run_dir / "finished").exists():
+        return "finished"
+    state = facts.get("state")
+    if state in slurm_commands.LIVE:
+        waits = state == "PENDING" and facts.get("reason") not in (None, "None")
+        stopping = ", asked to stop" if (run_dir / "STOP").exists() else ""
+        return state.lower() + (f" ({facts['reason']})" if waits else "") + stopping
+    if own.get("state") == "running":
+        ended = f"its job is {state.lower()}" if state else "SLURM does not know its job"
+        return f"not running ({ended}): go on with `dpscale resume`"
+    return own.get("state") or (state.lower() if state else "not started")
+
+
+def _job(job: str, facts: dict[str, str]) -> str:
+    parts = [job]
+    if facts.get("nodes") not in (None, "", "(null)"):
+        parts.append(f"on {facts['nodes']}")
+    if facts.get("partition"):
+        parts.append(f"in partition {facts['partition']}")
+    return " ".join(parts)
+
+
+def _checkpoint(own: dict[str, Any]) -> str:
+    step = own.get("checkpoint_step")
+    return "none yet" if step is None else f"step {step}"
+
+
+def _age(written: Any) -> str:
+    try:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(str(written))).total_seconds()
+    except ValueError:
+        return "at an unknown time"
+    return f"{max(0.0, seconds):.0f} s ago"

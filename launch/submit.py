@@ -1,0 +1,208 @@
+"""Submitting a run: the script, its files in the run directory, submitit or sbatch, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dpscale.config import RunConfig, to_toml
+from dpscale.durable import write_atomically
+from dpscale.errors import InputError, RunDirectoryError
+from launch import slurm_commands
+from launch.profiles import Profile, load_profile
+from launch.resources import Resources, parse_time
+from launch.script import SRUN_OPTIONS, Job, body, header, interpreter, render, sbatch_options
+
+Via = Literal["submitit", "sbatch"]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was asked for, kept in RUN/attempts/submit-N/submission.json so that `dpscale resume` can ask again."""
+
+    nodes: int
+    time: str
+    gpus_per_node: int | None
+    tasks_per_node: int | None
+    cpus_per_task: int | None
+    profile: str
+    via: Via
+    sbatch_args: tuple[str, ...] = ()
+    srun_args: tuple[str, ...] = ()
+    working_directory: str = ""
+    job: str | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Submission:
+        """What `save` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "sbatch_args": tuple(values["sbatch_args"]), "srun_args": tuple(values["srun_args"])})
+
+    def resources(self, profile: Profile) -> Resources:
+        """Validated, with the profile's defaults.
+
+        Raises: InputError for what no job or no job of this site can have.
+        """
+        gpus = profile.gpus_per_node if self.gpus_per_node is None else self.gpus_per_node
+        time_s = parse_time(self.time)
+        if profile.max_time is not None and time_s > parse_time(profile.max_time):
+            raise InputError(f"--time {self.time} is longer than this site's {profile.max_time}: jobs are requeued")
+        tasks = self.tasks_per_node or profile.tasks_per_node or max(1, gpus)
+        return Resources(self.nodes, time_s, gpus, tasks, self.cpus_per_task or profile.cpus_per_task)
+
+
+@dataclass(frozen=True)
+class SubmittedTask:
+    """What submitit pickles: paths only. Each task calls it."""
+
+    config: str
+    run_dir: str
+    new_attempt: bool
+
+    def __call__(self) -> int:
+        from launch.runtime import TaskArguments, run_task
+
+        return run_task(TaskArguments(self.config, (), self.run_dir, self.new_attempt, logs=True))
+
+    def checkpoint(self) -> Any:
+        """submitit asks this when a job is to go on later: the same call. It does nothing else: no save, no requeue."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def submit_run(
+    config: RunConfig, run_dir: Path, submission: Submission, *, new_attempt: bool, dry_run: bool
+) -> tuple[str | None, str]:
+    """Submit; (job id, script's text), or (None, text) with `dry_run`, which changes nothing.
+
+    Guarantees: the job reads a copy of `config` in the run directory, so that later edits do not change a queued job.
+
+    Raises: InputError for what cannot be submitted; RunDirectoryError while a job of this run is still there.
+    """
+    profile = load_profile(submission.profile)
+    job = Job(
+        name=config.run.name,
+        run_dir=str(run_dir),
+        config=str(run_dir / "attempts" / next_submission(run_dir) / "config.toml"),
+        python=sys.executable,
+        working_directory=submission.working_directory or os.getcwd(),
+        resources=submission.resources(profile),
+        profile=profile,
+        new_attempt=new_attempt,
+        sbatch_args=submission.sbatch_args,
+        srun_args=submission.srun_args,
+    )
+    folder = Path(job.config).parent
+    if submission.via == "submitit" and job.log_needs_redirect:
+        raise InputError(f"the run directory {job.run_dir!r} has characters that submitit cannot quote: --via sbatch")
+    text = render(job) if submission.via == "sbatch" else _submitit_executor(job, folder, make=False)
+    if dry_run:
+        return None, text
+    _refuse_while_running(run_dir)
+    _make_directories(run_dir, folder, int(profile.run_directory_mode, 8))
+    write_atomically(Path(job.config), to_toml(config))
+    write_atomically(folder / "job.sbatch", text)
+    (run_dir / "STOP").unlink(missing_ok=True)
+    if submission.via == "sbatch":
+        number = slurm_commands.submit(str(folder / "job.sbatch"))
+    else:
+        number = _submitit_executor(job, folder, make=True)
+    kept = replace(submission, job=number, working_directory=job.working_directory)
+    write_atomically(folder / "submission.json", json.dumps(asdict(kept), indent=1) + "\n")
+    return number, text
+
+
+def last_submission(run_dir: Path) -> Submission | None:
+    """What was last submitted for this run; None when it never was, or by hand."""
+    for folder in reversed(_submissions(run_dir)):
+        if (folder / "submission.json").exists():
+            return Submission.from_json((folder / "submission.json").read_text())
+    return None
+
+
+def jobs_of(run_dir: Path) -> list[str]:
+    """Ids of the jobs that this run is known to have had, the newest last; job arrays as ARRAY_INDEX."""
+    jobs = set()
+    for entry in (run_dir / "attempts").glob("*"):
+        job, dot, restart = entry.name.rpartition(".")
+        if dot and restart.isdecimal() and job.isdecimal():
+            jobs.add(int(job))
+    for folder in _submissions(run_dir):
+        file = folder / "submission.json"
+        job = Submission.from_json(file.read_text()).job if file.exists() else None
+        if job and job.isdecimal():
+            jobs.add(int(job))
+    return [str(job) for job in sorted(jobs)]
+
+
+def next_submission(run_dir: Path) -> str:
+    """Name of the next submission's folder."""
+    return f"submit-{len(_submissions(run_dir)) + 1}"
+
+
+def what_next(run_dir: Path, job: str) -> list[str]:
+    """Lines for the owner: where it lives, how to follow and stop it."""
+    where = shlex.quote(os.path.relpath(run_dir) if run_dir.is_relative_to(Path.cwd()) else str(run_dir))
+    return [
+        f"job {job}",
+        f"run directory  {run_dir}",
+        f"follow         dpscale logs {where} -f",
+        f"state          dpscale status {where}",
+        f"save and stop  dpscale stop {where}",
+    ]
+
+
+def _submissions(run_dir: Path) -> list[Path]:
+    folders = [path for path in (run_dir / "attempts").glob("submit-*") if path.name[7:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[7:]))
+
+
+def _make_directories(run_dir: Path, folder: Path, mode: int) -> None:
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not run_dir.exists():
+            run_dir.mkdir()
+            run_dir.chmod(mode)
+        (run_dir / "attempts").mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run directory {run_dir} cannot be written ({error.strerror}): choose another --run-dir"
+        ) from error
+
+
+def _refuse_while_running(run_dir: Path) -> None:
+    for job, state in slurm_commands.live_jobs(jobs_of(run_dir)).items():
+        raise RunDirectoryError(
+            f"job {job} of {run_dir} is {state.lower()}: two jobs would use one noise. Wait for it, or stop it with "
+            "dpscale stop; or choose another --run-dir"
+        )
+
+
+def _submitit_executor(job: Job, folder: Path, *, make: bool) -> str:
+    """With `make` submit through submitit, and give the job's id; without, the script's text."""
+    import submitit
+
+    header(sbatch_options(job))  # submitit quotes for the shell, which is not enough for a comment line
+    options = {name: True if value is None else value for name, value in sbatch_options(job).items()}
+    nodes, tasks = int(str(options.pop("nodes"))), int(str(options.pop("ntasks-per-node")))
+    executor = submitit.SlurmExecutor(folder=folder / "submitit", python=shlex.join(interpreter(job)))
+    executor.update_parameters(
+        job_name=options.pop("job-name"),
+        nodes=nodes,
+        ntasks_per_node=tasks,
+        wckey=None,
+        stderr_to_stdout=True,
+        setup=body(job),
+        srun_args=[*SRUN_OPTIONS, *job.profile.srun_args, *job.srun_args],
+        additional_parameters=options,
+    )
+    if not make:
+        return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    return executor.submit(SubmittedTask(job.config, job.run_dir, job.new_attempt)).job_id
