@@ -93,7 +93,9 @@ def build_accumulate(mesh: Mesh, summed: Callable[..., ClippedSum], clip_norm: f
     """
 
     def on_one_device(params, sums: Sums, table, rows: Rows, key: jax.Array) -> Sums:
-        keys = example_keys(jax.random.wrap_key_data(key), rows.id_words) if uses_key else None
+        # Named, since jax's default generator can be set to another, whose keys have more words.
+        typed_key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        keys = example_keys(typed_key, rows.id_words) if uses_key else None
         out = summed(params, gather(table, rows.arrays), rows.mask, keys)
         counted = rows.mask & out.finite
         statistics = jnp.stack(

@@ -18,6 +18,7 @@ from step_fixtures import (
     OTHER_KEY,
     WIDTH,
     Step,
+    capture,
     curved_loss,
     curved_params,
     flat,
@@ -27,7 +28,9 @@ from step_fixtures import (
 
 from dpscale.chacha import key_words
 from dpscale.clipping import ROUNDING_SLACK
+from dpscale.errors import InputError
 from dpscale.noise import standard_normal
+from dpscale.state import TrainState
 from dpscale.step import Statistics, Sums, requests_array
 
 DEVICES = [1, 2, 8]
@@ -335,6 +338,20 @@ def test_the_callers_parameters_are_left_alone():
     state, _ = step()
     step(state=state)
     same_bits(params, copies)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "seen"),
+    [
+        (jnp.arange(3), r"int32\[3\]"),
+        (jnp.zeros((0, 4)), r"float32\[0, 4\]"),
+        (jnp.zeros(2, bool), r"bool\[2\]"),
+        (jnp.zeros(2, jnp.complex64), r"complex64\[2\]"),
+    ],
+)
+def test_a_leaf_that_cannot_be_trained_is_refused_by_its_name(leaf, seen):
+    with pytest.raises(InputError, match=rf"\['layer'\]\['n'\] is {seen}"):
+        TrainState.create({"w": jnp.zeros(3), "layer": {"n": leaf}}, capture())
 
 
 # Precision
