@@ -144,6 +144,9 @@ def test_all_keys_over_steps_attempts_and_purposes_are_distinct():
     assert len(set(keys)) == len(keys)
     # No key is the beginning of another either: 8 bytes tell them all apart.
     assert len({key[:8] for key in keys}) == len(keys)
+    # Every word of a key is used: 2000 random words of 32 bits hold a repeated one with probability 5e-4.
+    words = np.array([StepKeys(secret, 0).examples(step) for step in range(2000)])
+    assert [len(np.unique(word)) for word in words.T] == [2000, 2000]
 
 
 def test_neighbouring_attempts_and_steps_are_not_confused():
@@ -261,7 +264,7 @@ def finished(log: list[str]) -> list[str]:
     return [line.split("compilation of ")[1].split(" in ")[0] for line in log if "Finished XLA compilation" in line]
 
 
-LAYOUTS = [(3, 2, "host"), (1, 8, "device"), (64, 8, "host")]
+LAYOUTS = [(3, 2, "device"), (1, 8, "host"), (64, 8, "host")]
 ALL_LAYOUTS = [layout for layout in product((1, 3, 64), (1, 2, 8), ("host", "device")) if layout not in LAYOUTS]
 
 
@@ -285,10 +288,10 @@ def test_physical_batch_devices_and_residence_change_no_index_no_noise_and_no_re
 
 
 def test_an_empty_first_draw_and_any_later_one_compile_nothing_after_the_start():
-    result = run(8, 1, "device")
+    result = run(2, 3, "device")
     assert result.sizes[0] == 0
     assert len(set(result.sizes)) >= 4
-    assert max(result.sizes) > 8  # more than one accumulation
+    assert max(result.sizes) > 6  # more than one accumulation
     assert [name for name in result.compiled_before if "finalize" in name or "on_one_device" in name] == [
         "jit(on_one_device)",
         "jit(finalize)",

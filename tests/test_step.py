@@ -354,6 +354,13 @@ def test_a_leaf_that_cannot_be_trained_is_refused_by_its_name(leaf, seen):
         TrainState.create({"w": jnp.zeros(3), "layer": {"n": leaf}}, capture())
 
 
+def test_a_batch_of_another_shape_is_refused_and_not_compiled_for():
+    step = step_on(2)
+    (larger,) = Step(devices=2, physical_batch_size=3).rows([unit(0)])
+    with pytest.raises(TypeError, match="compiled"):
+        step([larger])
+
+
 # Precision
 
 
