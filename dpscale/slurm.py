@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpscale.errors import InputError
@@ -21,7 +21,7 @@ VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_
 @dataclass(frozen=True)
 class SlurmTask:
     """One task of one srun. `nodes`: the step's node names in order; `rank_nodes`: the node of every rank, or () when
-    the tasks are not placed block by block and it is not known.
+    it is not known.
     """
 
     job: str
@@ -59,11 +59,8 @@ class SlurmTask:
                 f"srun's variables contradict each other ({len(nodes)} nodes, tasks {per_node}, {num_tasks} in all): "
                 "start the tasks with srun, and do not set SLURM_* yourself"
             )
-        by_block = values.get("SLURM_DISTRIBUTION", "block").startswith("block")
-        placed = [node for node, count in zip(nodes, per_node, strict=True) for _ in range(count)]
-        return cls(
-            job, step, restart, rank, num_tasks, local_id, per_node[node_id], nodes, tuple(placed) if by_block else ()
-        )
+        placed = nodes_of_ranks(nodes, per_node, values.get("SLURM_DISTRIBUTION", "block"))
+        return cls(job, step, restart, rank, num_tasks, local_id, per_node[node_id], nodes, placed)
 
     @property
     def identity(self) -> str:
@@ -77,6 +74,17 @@ class SlurmTask:
         number = int(re.match(r"\d*", self.job)[0] or 0)  # type: ignore[index]
         first = FIRST_PORT + (number % groups) * PORTS_PER_JOB
         return tuple(first + (self.step + self.restart + k) % PORTS_PER_JOB for k in range(4))
+
+
+def nodes_of_ranks(nodes: Sequence[str], per_node: Sequence[int], distribution: str) -> tuple[str, ...]:
+    """The node of every rank for SLURM's "block" and "cyclic" distributions; () for any other, where it is not known."""
+    method = re.split(r"[:,]", distribution)[0]
+    if method == "block":
+        return tuple(node for node, count in zip(nodes, per_node, strict=True) for _ in range(count))
+    if method == "cyclic":
+        rounds = range(max(per_node))
+        return tuple(node for turn in rounds for node, count in zip(nodes, per_node, strict=True) if count > turn)
+    return ()
 
 
 def expand_node_list(text: str) -> tuple[str, ...]:

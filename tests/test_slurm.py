@@ -12,6 +12,7 @@ from dpscale.slurm import (
     expand_node_list,
     local_device_ids,
     node_address,
+    nodes_of_ranks,
     visible_devices,
 )
 
@@ -43,10 +44,17 @@ def test_the_batch_script_itself_is_no_task():
     assert SlurmTask.from_environment(batch) is None
 
 
-def test_nodes_of_ranks_are_not_claimed_where_tasks_are_dealt_in_turn():
-    task = SlurmTask.from_environment(STEP | {"SLURM_DISTRIBUTION": "cyclic"})
-    assert task is not None
-    assert task.rank_nodes == ()
+@pytest.mark.parametrize(
+    ("distribution", "placed"),
+    [
+        ("block", ("t1", "t1", "t1", "t2", "t3", "t3")),
+        ("block:cyclic", ("t1", "t1", "t1", "t2", "t3", "t3")),
+        ("cyclic,pack", ("t1", "t2", "t3", "t1", "t3", "t1")),
+        ("arbitrary", ()),  # not known, so not claimed
+    ],
+)
+def test_nodes_of_ranks(distribution, placed):
+    assert nodes_of_ranks(("t1", "t2", "t3"), (3, 1, 2), distribution) == placed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""One real SLURM for these tests, started on this machine and stopped with the last of them."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_runs import Cluster
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+REQUIRED = os.environ.get("DPSCALE_REQUIRE_SLURM") == "1"
+HERE = Path(__file__).parent
+
+
+def load_cluster_module():
+    spec = importlib.util.spec_from_file_location("local_cluster", ROOT / "slurm" / "local-cluster" / "cluster.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+local_cluster = load_cluster_module()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(900))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", []) if "/slurm/" in report.nodeid.replace("\\", "/")
+    ]
+    if skipped:
+        terminalreporter.section("SLURM was NOT tested", sep="!", red=True, bold=True)
+        terminalreporter.line(f"{len(skipped)} tests were skipped. To run them: {local_cluster.INSTALL}")
+
+
+@pytest.fixture(scope="session")
+def session_cluster() -> Iterator[dict[str, str]]:
+    missing = local_cluster.missing_programs()
+    if missing:
+        reason = f"{', '.join(missing)} not installed: {local_cluster.INSTALL}"
+        if REQUIRED:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        yield local_cluster.start(directory, nodes=2, cpus=2, grace_s=40)
+        local_cluster.stop(directory)
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def cluster(session_cluster, tmp_path) -> Iterator[Cluster]:
+    """The cluster, for one test of this machine at a time: they start several processes each."""
+    with open(Path(tempfile.gettempdir()) / f"dpscale-slurm-tests-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        running = Cluster(session_cluster, tmp_path, sys.executable)
+        yield running
+        running.cancel_all()
