@@ -183,6 +183,7 @@ def noisy_input_loss(params: Any, example: Any, key: jax.Array) -> jax.Array:
     return curved_loss(params, {**example, "features": example["features"] + jax.random.normal(key, (6,))})
 
 
+@lru_cache
 def seed_whose_first_draw_is_empty() -> int:
     rate = EXPECTED / NUM_EXAMPLES
     for seed in range(2000):
@@ -264,7 +265,7 @@ def finished(log: list[str]) -> list[str]:
     return [line.split("compilation of ")[1].split(" in ")[0] for line in log if "Finished XLA compilation" in line]
 
 
-LAYOUTS = [(3, 2, "device"), (1, 8, "host"), (64, 8, "host")]
+LAYOUTS = [(3, 2, "device"), (1, 8, "host")]
 ALL_LAYOUTS = [layout for layout in product((1, 3, 64), (1, 2, 8), ("host", "device")) if layout not in LAYOUTS]
 
 

@@ -79,9 +79,8 @@ def test_finalize_has_exactly_one_reduction_of_parameters_and_statistics_and_acc
     check_reductions(step_on(8))
 
 
-def test_an_optimizer_with_state_and_several_leaves_adds_no_collective():
-    step = Step(devices=8, params=curved_params(), loss=curved_loss, feature_shape=(6,), optimizer=optax.lamb(0.1))
-    check_reductions(step)
+def test_an_optimizer_with_state_and_the_engine_of_choice_add_no_collective():
+    check_reductions(nonlinear(8, "auto"))
 
 
 MANY_DEVICES = """
@@ -170,12 +169,7 @@ def test_the_noise_does_not_change_with_the_realised_batch_size():
         np.testing.assert_array_equal(noise, noises[0])
 
 
-def test_the_noise_scales_with_sigma_and_clip_norm():
-    scaled = Step(plan=make_plan(sigma=4.0, clip_norm=0.125)).gradient()  # powers of two: no rounding
-    np.testing.assert_array_equal(scaled, step_on(1).gradient() / 2)
-
-
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_an_empty_draw_is_a_step_noised_counted_and_moving_every_parameter(devices):
     step = Step(devices=devices, optimizer=optax.sgd(0.5))
     before = flat(step.new_state().params)
@@ -288,9 +282,9 @@ def test_a_batch_of_bad_rows_only_is_an_empty_draw(devices, method):
 
 def test_statistics_and_requests_never_touch_the_state():
     """Identical noisy sums, every other fact about the data different: all state identical."""
-    step = Step(devices=2, optimizer=optax.adamw(0.1))
-    gradient = jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape), jnp.float32), step.params)
-    everything = [np.zeros((2, 5)), np.full((2, 5), 1e9), np.full((2, 5), np.nan), np.full((2, 5), -np.inf)]
+    step = nonlinear(8, "auto")
+    gradient = jax.tree.map(lambda leaf: jnp.ones((8, *leaf.shape), jnp.float32), step.params)
+    everything = [np.full((8, 5), value) for value in (0.0, 1e9, np.nan, -np.inf)]
     states = []
     for statistics in everything:
         like = step.functions.zero_sums()
@@ -332,12 +326,11 @@ def test_statistics_are_sums_over_all_devices_and_accumulations():
 
 
 def test_the_callers_parameters_are_left_alone():
-    params = curved_params()
-    copies = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
-    step = Step(params=params, loss=curved_loss, feature_shape=(6,), optimizer=optax.sgd(1.0))
+    step = nonlinear(1, "materialize")
+    copies = jax.tree.map(lambda leaf: np.array(leaf, copy=True), step.params)
     state, _ = step()
     step(state=state)
-    same_bits(params, copies)
+    same_bits(step.params, copies)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +379,7 @@ def test_sums_reduction_and_noise_are_float32_also_where_the_model_computes_in_b
     assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("method", ["materialize", "auto"])
+@pytest.mark.parametrize("method", [pytest.param("materialize", marks=pytest.mark.slow), "auto"])
 def test_a_sum_of_257_ones_is_257_also_where_the_model_computes_in_bfloat16(method):
     """bfloat16 has 8 bits: 256 + 1 = 256, in one physical batch or over several."""
     step = Step(loss=bfloat16_loss, method=method, physical_batch_size=257)
@@ -396,7 +389,7 @@ def test_a_sum_of_257_ones_is_257_also_where_the_model_computes_in_bfloat16(meth
         assert total[2] == pytest.approx(257 * batches, rel=ROUNDING_SLACK)
 
 
-@pytest.mark.parametrize("method", ["materialize", "auto"])
+@pytest.mark.parametrize("method", [pytest.param("materialize", marks=pytest.mark.slow), "auto"])
 def test_no_example_moves_the_sum_by_more_than_the_bound_that_the_noise_is_made_for(method):
     step = Step(
         plan=make_plan(clip_norm=0.3), params=curved_params(), loss=curved_loss, method=method, feature_shape=(6,)
@@ -433,7 +426,7 @@ def test_keys_and_data_are_arguments_and_never_in_the_program(residence):
         step.jitted_accumulate.lower(state.params, sums, table, rows, example_key),
         *([step.jitted_finalize.lower(state, sums, requests, key)] if residence == "host" else []),
     ]
-    text = "\n".join(part for low in lowered for part in (low.as_text(), low.compile().as_text())).lower()
+    text = "\n".join(program.as_text() for program in lowered).lower()
     for word in (
         *key.tolist(),
         *example_key.tolist(),
