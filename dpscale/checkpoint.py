@@ -57,6 +57,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int) -> None:
         self._directory = directory
         self._keep = keep
+        logging.getLogger("absl").addFilter(_is_not_orbax)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._committer: threading.Thread | None = None
         self._saving: int | None = None
@@ -207,6 +208,11 @@ class Checkpoints:
             f"the checkpoint of step {step} could not be written to {self._directory} ({error}); {last}. Free space or "
             "repair access, and start again: the run goes on from there"
         )
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs tracebacks of what it also raises; the user gets one message, from here."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
