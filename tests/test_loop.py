@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -178,9 +179,10 @@ def source() -> ArraySource:
     )
 
 
-def noisy_input_loss(params: Any, example: Any, key: jax.Array) -> jax.Array:
+def keyed_loss(params: Any, example: Any, key: jax.Array) -> jax.Array:
     """Augmentation by the example's key: the result changes if a key follows the place in the batch."""
-    return curved_loss(params, {**example, "features": example["features"] + jax.random.normal(key, (6,))})
+    brightness = 0.5 + jax.random.key_data(key)[1].astype(jnp.float32) * 2.0**-32
+    return curved_loss(params, {**example, "features": example["features"] * brightness})
 
 
 @lru_cache
@@ -219,7 +221,7 @@ def _run(devices: int, physical_batch_size: int, residence: Any, log: list[str])
     feed = Feed(mesh, examples, sampler, layout, attempt=0, start_step=0, stop_step=STEPS, data=data)
     optimizer = optax.sgd(LEARNING_RATE)
     state = place_replicated(mesh, TrainState.create(curved_params(), optimizer))
-    summed = clipped_grad(noisy_input_loss, clip_norm=1.0, method="materialize")
+    summed = clipped_grad(keyed_loss, clip_norm=1.0, method="materialize")
     functions = compile_steps(
         build_accumulate(mesh, summed, 1.0, True),
         build_finalize(mesh, plan, optimizer),
