@@ -77,7 +77,7 @@ class SlurmTask:
 
 
 def nodes_of_ranks(nodes: Sequence[str], per_node: Sequence[int], distribution: str) -> tuple[str, ...]:
-    """The node of every rank for SLURM's "block" and "cyclic" distributions; () for any other, where it is not known."""
+    """The node of every rank for SLURM's "block" and "cyclic" distributions; () for any other: it is not known."""
     method = re.split(r"[:,]", distribution)[0]
     if method == "block":
         return tuple(node for node, count in zip(nodes, per_node, strict=True) for _ in range(count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -96,20 +97,15 @@ def _train(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) ->
 
 
 def _leave_together() -> None:
-    """After a barrier all processes end within milliseconds: srun ends the others at the first exit code above 0.
-
-    Until then the signals stay ours, so that none of them dies of srun's TERM.
-    """
-    import signal
-
+    """After a barrier all processes end within milliseconds: srun ends the others at the first exit code above 0."""
     from dpscale.distributed import leave
 
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_signals()
     leave()
 
 
 def _fail(attempt: Attempt | None, message: str, code: int) -> NoReturn:
+    _ignore_signals()
     sys.stderr.write(message)
     sys.stderr.flush()
     if attempt is not None:
@@ -117,6 +113,12 @@ def _fail(attempt: Attempt | None, message: str, code: int) -> NoReturn:
     if int(os.environ.get("DPSCALE_PROCESS_ID") or os.environ.get("SLURM_PROCID") or 0) == 0:
         time.sleep(PROCESS_ZERO_ENDS_LATER_S)
     _end_now(code)
+
+
+def _ignore_signals() -> None:
+    """This process ends in a moment, with its own exit code and not with that of srun's TERM."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_now(code: int) -> NoReturn:
