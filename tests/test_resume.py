@@ -5,9 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import dpscale
-from dpscale.config import RunConfig
+from dpscale.config import RunConfig, to_toml
 from dpscale.errors import InputError, RunDirectoryError
 from dpscale.metrics.recorder import Recorder
 from dpscale.metrics.status import read_status
@@ -410,7 +415,7 @@ def cli_whole(cli, tmp_path_factory) -> Path:
 def test_sigkill_at_random_moments_changes_no_bit_of_the_end(cli, cli_whole, tmp_path):
     chance = random.Random(1)
     run_dir, kills = tmp_path / "run", 0
-    for _ in range(12):
+    for _ in range(5):
         process = cli(run_dir)
         lines = len((run_dir / "ledger.jsonl").read_bytes().splitlines()) if (run_dir / "ledger.jsonl").exists() else 0
         target, deadline = lines + chance.randint(1, 4), time.monotonic() + 100
@@ -440,9 +445,10 @@ def test_on_another_number_of_devices_the_draws_are_the_same_and_a_second_run_is
     first = cli(run_dir, devices=2)
     while not (run_dir / "ledger.jsonl").exists() and first.poll() is None:
         time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
     assert f"in use by process {first.pid}" in finish(cli(run_dir), code=2)
-    if first.poll() is None:
-        first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
     assert first.wait() in (0, 75)
     first.communicate()
     refused = finish(cli(run_dir, "optimizer.learning_rate=0.4"), code=2)
