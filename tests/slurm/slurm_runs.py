@@ -104,8 +104,7 @@ class Cluster:
 
         def ended() -> bool:
             facts = self.state(job)
-            if facts["JobState"] == "PENDING" and int(facts["Restarts"]) > 0:
-                self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            self.start_at_once(job, facts)
             return facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
         self.wait(f"the end of job {job}", ended, run_dir, timeout_s)
@@ -118,11 +117,15 @@ class Cluster:
 
         def back() -> bool:
             facts = self.state(job)
-            if facts["JobState"] == "PENDING":
-                self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            self.start_at_once(job, facts)
             return facts["JobState"] == "RUNNING" and int(facts["Restarts"]) >= restart
 
         self.wait(f"restart {restart} of job {job}", back, run_dir)
+
+    def start_at_once(self, job: str, facts: dict[str, str]) -> None:
+        """Spare a requeued job SLURM's two minutes; once, for every update makes the scheduler look later again."""
+        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def pid_of_rank(self, job: str, rank: int) -> int:
         """The process of a task of this job."""

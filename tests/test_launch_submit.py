@@ -1,0 +1,205 @@
+"""Submitting, asking, stopping and resuming, with SLURM's commands replaced by fakes that say what SLURM says."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+[run]
+name = "cluster run"
+[data]
+train = "digits/train"
+[training]
+steps = 8
+[privacy]
+epsilon = 3
+delta = 1e-4
+expected_batch_size = 100
+"""
+FAKES = {
+    "sbatch": 'cat "${@: -1}" >"$FAKE/script"; if [[ $1 = --parsable ]]; then echo 41; '
+    "else echo Submitted batch job 41; fi",
+    "scontrol": 'cat "$FAKE/job" 2>/dev/null || { echo "slurm_load_jobs error: Invalid job id" >&2; exit 1; }',
+    "sacct": 'cat "$FAKE/sacct" 2>/dev/null',
+    "scancel": 'echo "$@" >>"$FAKE/cancelled"',
+    "srun": "exit 1",
+}
+
+
+class Login:
+    """A login node: a directory with a config, SLURM's commands, and the dpscale command."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        tools = directory / "bin"
+        tools.mkdir()
+        for name, body in FAKES.items():
+            (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tools / name).chmod(0o755)
+        self.config = directory / "config.toml"
+        self.config.write_text(CONFIG)
+        self.run = directory / "runs" / "cluster run"
+        self.environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "FAKE": str(directory)}
+
+    def dpscale(self, *words: str, code: int = 0) -> str:
+        command = [sys.executable, "-X", "importtime", "-m", "dpscale", *words]
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=60, check=False
+        )
+        errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+        assert done.returncode == code, done.stdout + "\n".join(errors)
+        imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert not imported & {"jax", "jaxlib", "dp_accounting", "flax"}, "the login node's verbs import no jax"
+        return done.stdout + "\n".join(errors)
+
+    def job_is(self, state: str, reason: str = "None") -> None:
+        text = f"JobId=41 JobName=x JobState={state} Reason={reason} Restarts=1 NodeList=t[1-2] Partition=low"
+        (self.directory / "job").write_text(text)
+
+
+@pytest.fixture
+def login(tmp_path):
+    return Login(tmp_path)
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+def test_submitting_keeps_a_copy_of_the_config_and_says_what_next(login, via):
+    printed = login.dpscale("submit", "config.toml", "privacy.epsilon=2", "--nodes", "2", "--via", via)
+    assert printed.startswith("job 41\n")
+    assert "dpscale stop 'runs/cluster run'" in printed
+    folder = login.run / "attempts" / "submit-1"
+    assert "epsilon = 2" in (folder / "config.toml").read_text()
+    assert stat.S_IMODE(login.run.stat().st_mode) == 0o700
+    script = (login.directory / "script").read_text()
+    assert "#SBATCH --nodes=2" in script
+    assert "trap dpscale_ended EXIT" in script
+    assert "--kill-on-bad-exit=1" in script
+    assert json.loads((folder / "submission.json").read_text())["job"] == "41"
+
+
+def test_submitits_pickle_holds_paths_only(login):
+    login.dpscale("submit", "config.toml", "--via", "submitit")
+    [file] = login.run.glob("attempts/submit-1/submitit/*.pkl")
+    task = pickle.loads(file.read_bytes()).function
+    assert vars(task) == {
+        "config": str(login.run / "attempts/submit-1/config.toml"),
+        "run_dir": str(login.run),
+        "new_attempt": False,
+    }
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+def test_a_dry_run_prints_the_script_and_changes_nothing(login, via):
+    printed = login.dpscale("submit", "config.toml", "--via", via, "--dry-run", "--sbatch-arg=--nice=5")
+    assert printed.startswith("#!/bin/bash")
+    assert "#SBATCH --nice=5" in printed
+    assert not login.run.exists()
+    assert not (login.directory / "script").exists()
+
+
+def test_a_run_is_not_submitted_twice(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    login.job_is("RUNNING")
+    assert "job 41 of" in login.dpscale("submit", "config.toml", "--via", "sbatch", code=2)
+    login.job_is("COMPLETED")
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--profile", "nowhere"), "there is no profile"),
+        (("--time", "soon"), "--time soon"),
+        (("--gpus-per-node", "4", "--tasks-per-node", "3"), "4 GPUs cannot be shared"),
+        (("--sbatch-arg", "-N3"), "long option"),
+        (("--sbatch-arg", "--comment=a\nb"), "printable"),
+        (("--run-dir", "a%b", "--via", "submitit"), "--via sbatch"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_submitted(login, words, message):
+    assert message in login.dpscale("submit", "config.toml", *words, code=2)
+    assert not (login.directory / "script").exists()
+
+
+def test_status_reads_slurm_then_accounting_then_files(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    login.job_is("PENDING", "Priority")
+    assert "pending (Priority)" in login.dpscale("status", str(login.run))
+    (login.directory / "job").unlink()
+    (login.directory / "sacct").write_text("NODE_FAIL|t1|low\n")
+    assert "node_fail" in login.dpscale("status", str(login.run))
+
+    status = {"state": "running", "step": 4, "steps": 8, "epsilon": 1.5, "delta": 1e-4, "checkpoint_step": 3}
+    (login.run / "status.json").write_text(json.dumps(status | {"updated_at": "2026-01-01T00:00:00+00:00"}))
+    end = {"restart": 0, "code": 75, "durable_step": 3, "advanced": 1, "decision": "requeue", "at": 1}
+    (login.run / "attempts" / "41.ends").write_text(json.dumps(end) + '\n{"half')
+    shown = login.dpscale("status", str(login.run))
+    for part in (
+        "not running (its job is node_fail)",
+        "step           4 of 8",
+        "epsilon 1.500 at delta 0.0001",
+        "checkpoint     step 3",
+        "restarts       1",
+        "exit code 75 at durable step 3: saved its state and was queued again",
+    ):
+        assert part in shown
+
+
+def test_stop_asks_a_running_job_and_cancels_a_waiting_one(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    login.job_is("RUNNING")
+    assert "saves at the end of its step" in login.dpscale("stop", str(login.run))
+    assert (login.run / "STOP").exists()
+    assert not (login.directory / "cancelled").exists()
+    login.job_is("PENDING", "BeginTime")
+    login.dpscale("stop", str(login.run))
+    assert (login.directory / "cancelled").read_text() == "41\n"
+
+
+def test_resume_asks_for_the_same_again_but_for_what_is_given(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch", "--nodes", "2", "--time", "2:00:00", "--srun-arg=--label")
+    assert "has not started yet" in login.dpscale("resume", str(login.run), code=2)
+    (login.run / "run.json").write_text("{}")
+    (login.run / "config.toml").write_text(CONFIG)
+    (login.run / "STOP").touch()
+    login.job_is("COMPLETED")
+    login.dpscale("resume", str(login.run), "--nodes", "5")
+    script = (login.directory / "script").read_text()
+    for part in ("#SBATCH --nodes=5", "#SBATCH --time=2:00:00", "--label", "attempts/submit-2/config.toml"):
+        assert part in script
+    assert not (login.run / "STOP").exists()
+    (login.run / "finished").touch()
+    assert "nothing to go on with" in login.dpscale("resume", str(login.run), code=2)
+
+
+def test_logs_show_the_newest_incarnation_of_a_rank(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    assert "no log" in login.dpscale("logs", str(login.run), code=2)
+    for restart in (0, 1):
+        folder = login.run / "attempts" / f"41.{restart}"
+        folder.mkdir()
+        for rank in (0, 1):
+            (folder / f"rank-{rank}.log").write_text(f"restart {restart} rank {rank}\n")
+            os.utime(folder / f"rank-{rank}.log", (time.time() + restart,) * 2)
+    assert login.dpscale("logs", str(login.run)) == "restart 1 rank 0\n"
+    assert login.dpscale("logs", str(login.run), "--rank", "1") == "restart 1 rank 1\n"
+
+
+def test_a_place_that_is_no_run_is_named(login):
+    for verb in ("status", "logs", "stop"):
+        assert "is no run's directory" in login.dpscale(verb, str(login.directory), code=2)
+
+
+def test_without_slurm_the_message_says_where_to_go(login):
+    login.environment["PATH"] = "/usr/nowhere"
+    assert "sbatch not found" in login.dpscale("submit", "config.toml", "--via", "sbatch", code=2)
