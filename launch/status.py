@@ -71,7 +71,7 @@ def read_ends(run_dir: Path) -> list[dict[str, Any]]:
 
 def examples_per_s(run_dir: Path) -> float | None:
     """Planned examples per second between the last two checkpoints; None before there are two, or across a restart."""
-    manifests = sorted((run_dir / "ckpt").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)[-2:]
+    manifests = sorted((run_dir / "ckpt").glob("[0-9]*/manifest.json"), key=lambda path: path.stat().st_mtime)[-2:]
     try:
         batch = json.loads((run_dir / "plan.json").read_text())["expected_batch_size"]
         (old, new), times = (int(path.parent.name) for path in manifests), [path.stat().st_mtime for path in manifests]

@@ -161,7 +161,7 @@ class Cluster:
 
 
 def durable_step(run_dir: Path) -> int:
-    return max((int(file.parent.name) for file in run_dir.glob("ckpt/*/manifest.json")), default=0)
+    return max((int(file.parent.name) for file in run_dir.glob("ckpt/[0-9]*/manifest.json")), default=0)
 
 
 def ends(run_dir: Path, job: str) -> list[dict]:
