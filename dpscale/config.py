@@ -92,11 +92,11 @@ class OptimizerSection(Section):
     eps: Positive | None = Field(None, description="adam, adamw: 1e-8; lamb: 1e-6")
     weight_decay: NonNegative | None = Field(None, description="adamw, lamb: decoupled from the clipped gradient")
     schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="from the peak down to final_fraction of it at the last step"
+        "constant", description="from the peak down to final_fraction of it when all steps are done"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0 to the peak")
     final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="last learning rate as a fraction of the peak (cosine, linear)"
+        0.0, description="fraction of the peak that is reached when all steps are done (cosine, linear)"
     )
 
     @model_validator(mode="after")
@@ -138,6 +138,10 @@ class PrivacySection(Section):
     noise_multiplier: NonNegative | None = Field(None, description="noise std / sensitivity; instead of epsilon")
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="required when enabled")
     clip_norm: Positive = Field(1.0, description="bound on each example's gradient norm")
+    bound: Literal["flat", "normalized"] = Field(
+        "flat",
+        description='"normalized" scales every gradient to nearly clip_norm, short ones too (automatic clipping)',
+    )
     expected_batch_size: Positive | None = Field(
         None, description="expected logical batch: q = this / number of examples; also the public divisor"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import optax
 from jax.sharding import Mesh
 
 from dpscale.baseline import summed_grad
-from dpscale.clipping import ClippedSum, clipped_grad
+from dpscale.clipping import ClippedSum, Flat, Normalized, clipped_grad
 from dpscale.config import RunConfig
 from dpscale.data.resident import Resident
 from dpscale.privacy.plan import PrivacyPlan
@@ -21,7 +22,9 @@ def gradient_sum(config: RunConfig, plan: PrivacyPlan, task: Task) -> Callable[.
     """The clipped sum of the task's per-example gradients, or without privacy the plain one."""
     if not plan.enabled:
         return summed_grad(task.loss)
-    return clipped_grad(task.loss, clip_norm=config.privacy.clip_norm, method=config.performance.clipping_method)
+    assert plan.clip_norm is not None, "a plan with privacy has a clip norm"
+    bound = Normalized(plan.clip_norm) if plan.bound == "normalized" else Flat(plan.clip_norm)
+    return clipped_grad(task.loss, bound=bound, method=config.performance.clipping_method)
 
 
 def compiled_steps(
@@ -35,5 +38,6 @@ def compiled_steps(
     rows: Rows,
 ) -> StepFunctions:
     """Both step functions of a task, compiled for the shapes of `state`, `table` and `rows`."""
-    accumulate = build_accumulate(mesh, gradient_sum(config, plan, task), config.privacy.clip_norm, task.uses_key)
+    clip_norm = math.inf if plan.clip_norm is None else plan.clip_norm
+    accumulate = build_accumulate(mesh, gradient_sum(config, plan, task), clip_norm, task.uses_key)
     return compile_steps(accumulate, build_finalize(mesh, plan, optimizer), mesh, state, table, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import optax
 
 from dpscale.config import OptimizerSection
+from dpscale.errors import InputError
 
 
 def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
@@ -13,6 +14,11 @@ def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedu
     The decay is at its end once all `steps` are done, so that the last step still moves where it ends at 0.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
+    if warmup and warmup >= steps:
+        raise InputError(
+            f"optimizer.warmup_steps={warmup} is not below the run's {steps} steps: the peak would never be reached. "
+            "Choose fewer, or train longer"
+        )
     decay_steps = max(1, steps - warmup)
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction)

@@ -50,7 +50,8 @@ def accumulate_bytes(config: RunConfig, plan: PrivacyPlan, task: Task, source: E
         name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
         for name, array in empty_rows(source.metadata, 0).items()
     }
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)), rows))
+    words = jnp.zeros((rows, 2), jnp.uint32)
+    keys = jax.eval_shape(lambda: jax.random.wrap_key_data(words, impl="threefry2x32"))
     mask = jax.ShapeDtypeStruct((rows,), jnp.bool_)
     arguments = (task.params, batch, mask, keys) if task.uses_key else (task.params, batch, mask)
     memory = jax.jit(summed).lower(*arguments).compile().memory_analysis()

@@ -58,7 +58,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def _program_digest(loss: Callable[..., Any], params: Any, example: Any, uses_key: bool) -> str:
-    key = (jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)),) if uses_key else ()
+    key = (jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32), impl="threefry2x32"),) if uses_key else ()
     program = jax.make_jaxpr(jax.value_and_grad(loss, allow_int=True))(params, example, *key)
     hasher = hashlib.sha256(_ADDRESS.sub("", str(program.jaxpr)).encode())
     for constant in _constants(program):

@@ -96,7 +96,7 @@ def _own_loss(params: Any, loss: Callable[..., jax.Array]) -> Task:
     uses_key = len(positional) >= 3
 
     def metrics(params: Any, example: Any) -> dict[str, jax.Array]:
-        key = (jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32)),) if required == 3 else ()
+        key = (jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32), impl="threefry2x32"),) if required == 3 else ()
         return {"loss": loss(params, example, *key)}
 
     return Task(params, loss, uses_key, metrics)

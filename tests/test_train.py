@@ -110,6 +110,18 @@ def test_nothing_under_performance_changes_the_result(performance, plain, tmp_pa
 
 
 @pytest.mark.slow
+def test_the_normalized_bound_is_part_of_the_plan_and_scales_short_gradients_up(plain, tmp_path):
+    result = run(tmp_path / "run", privacy={"bound": "normalized"})
+    assert result.epsilon == plain.epsilon
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["bound"] == "normalized"
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(result.params), strict=True)
+    )
+    with pytest.raises(dpscale.InputError, match="bound: normalized -> flat"):
+        run(tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_data_on_the_device_gives_the_same_run(plain, tmp_path):
     other = run(tmp_path / "run", data={"residence": "device"})
     for mine, theirs in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):
@@ -241,14 +253,24 @@ def test_a_model_with_batch_norm_is_refused_with_the_name_of_the_remedy(tmp_path
         ({"train_data": (FEATURES, LABELS + 5)}, "classes"),
         ({"train_data": 3}, "not a data set"),
         ({}, "data.train is not set"),
+        ({"train_data": (FEATURES, LABELS), "settings": {"privacy": {"clip_norm": 1e-30}}}, "clip_norm=1e-30"),
+        (
+            {
+                "train_data": (FEATURES, LABELS),
+                "settings": {"training": {"steps": None, "epochs": 1}, "optimizer": {"warmup_steps": 3}},
+            },
+            "warmup_steps=3 is not below the run's 3 steps",
+        ),
         ({"train_data": (FEATURES, LABELS), "model": {"w": np.zeros(3)}}, "loss must be given"),
         ({"train_data": (FEATURES, LABELS), "model": {"w": np.zeros(3)}, "loss": lambda p: 0.0}, "loss takes 1"),
     ],
 )
 def test_bad_input_from_python_is_refused_before_anything_is_written(arguments, part, tmp_path):
+    settings = config(**arguments.get("settings", {}))
+    given = {name: value for name, value in arguments.items() if name != "settings"}
     with pytest.raises(dpscale.InputError, match=part):
-        dpscale.train(config(), tmp_path / "run", **arguments)
-    assert not (tmp_path / "run" / "run.json").exists()
+        dpscale.train(settings, tmp_path / "run", **given)
+    assert not (tmp_path / "run" / "ledger.jsonl").exists() or not (tmp_path / "run" / "ckpt" / "1").exists()
 
 
 def test_the_public_names_are_importable_and_the_function_stays_a_function():

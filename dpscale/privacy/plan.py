@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dpscale.config import PrivacySection, RunConfig
 
 SCHEMA_VERSION = 1
+# Noise of a much smaller standard deviation would be flushed to zero in float32; squares of larger norms overflow.
+MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-12, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class PrivacyPlan:
     """The epsilon that the noise multiplier was calibrated to; None when the multiplier was given."""
     max_batch_size: int | None = None
     """Larger draws are cut to a uniform subset of this size (truncated Poisson); None: never."""
+    bound: str = "flat"
+    """"flat": longer gradients are cut to clip_norm; "normalized": all are scaled to nearly it. Both bound by it."""
     unit: str = "example"
     """What one record is."""
     neighboring_relation: NeighboringRelation = "zero_out"
@@ -72,7 +76,11 @@ class PrivacyPlan:
             raise InputError("privacy is enabled: it needs privacy.clip_norm and privacy.delta")
         if self.epsilon_target is not None and not self.epsilon_target > 0:
             raise InputError(f"epsilon={self.epsilon_target}: it must be > 0; 1 to 8 are usual values")
-        flat_norm_bound(self.clip_norm)
+        if not MIN_CLIP_NORM <= flat_norm_bound(self.clip_norm) <= MAX_CLIP_NORM:
+            raise InputError(
+                f"clip_norm={self.clip_norm:g}: float32 noise of that size could vanish or overflow; choose one from "
+                f"{MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}"
+            )
         # Twice the steps: replayed ones must not bring delta below what the accountant can resolve.
         accounting.check(self._step, 2 * self.steps, self.delta, self.accountant)
 
@@ -93,6 +101,7 @@ class PrivacyPlan:
             "expected_batch_size": expected,
             "steps": _steps(config.training, rate),
             "max_batch_size": privacy.max_batch_size,
+            "bound": privacy.bound,
             "unit": privacy.unit,
             "neighboring_relation": privacy.neighboring_relation,
             "accountant": privacy.accountant,
@@ -116,7 +125,9 @@ class PrivacyPlan:
         assert self.epsilon_target is not None
         if cached is not None:
             # The norm bound scales the noise and the unit names it; neither enters the calibration.
-            again = dataclasses.replace(cached, noise_multiplier=0.0, unit=self.unit, clip_norm=self.clip_norm)
+            again = dataclasses.replace(
+                cached, noise_multiplier=0.0, unit=self.unit, clip_norm=self.clip_norm, bound=self.bound
+            )
             reused = dataclasses.replace(self, noise_multiplier=cached.noise_multiplier)
             # Checked, since the file may have been edited; the room is for other machines' last bits.
             if again == self and reused.epsilon_after(reused.steps) <= self.epsilon_target * (1 + 1e-9):
@@ -257,6 +268,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "steps": (int,),
     "max_batch_size": (int, type(None)),
     "enabled": (bool,),
+    "bound": (str,),
     "unit": (str,),
     "neighboring_relation": (str,),
     "accountant": (str,),
