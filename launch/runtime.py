@@ -89,7 +89,7 @@ def _train(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) ->
     config = load_config(arguments.config, arguments.overrides)
     result = train(config, arguments.run_dir, new_attempt=arguments.new_attempt, stops=stops, watchdog=watchdog)
     if is_main():
-        for line in _summary(result):
+        for line in _summary(result, may_show_held_out=config.data.validation_is == "public"):
             print(line, flush=True)
     if result.state == "finished":
         return EXIT_DONE
@@ -127,13 +127,17 @@ def _end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _summary(result) -> list[str]:
+def _summary(result, *, may_show_held_out: bool) -> list[str]:
+    """Lines for a terminal or a log, which others may read: held-out metrics only if they were declared public."""
     lines = []
     if result.state == "stopped":
         lines.append(f"stopped at step {result.step} of {result.steps} ({result.stop_reason}); run again to go on")
     else:
-        lines.append(f"finished {result.step} steps")
-    if "accuracy" in result.validation:
+        short = "" if result.step == result.steps else f" of {result.steps}: the allowed epsilon is spent"
+        lines.append(f"finished {result.step} steps{short}")
+    if result.validation and not may_show_held_out:
+        lines.append("accuracy     not shown: the held-out examples are private (metrics.sensitive = true records it)")
+    elif "accuracy" in result.validation:
         lines.append(f"accuracy     {100 * result.validation['accuracy']:.1f} % on held-out examples")
     elif "loss" in result.validation:
         lines.append(f"loss         {result.validation['loss']:.4f} on held-out examples")
