@@ -23,6 +23,7 @@ class Case:
     routes: dict[str, str] = field(default_factory=dict)
     keys: bool = False
     has_aux: bool = False
+    rtol: float = 1e-11
 
 
 CASES: list[Case] = []
@@ -65,7 +66,7 @@ def dense_with_positions(rng):
             h = nn.gelu(nn.Dense(40)(x))
             return nn.Dense(2)(h)
 
-    return linen(Net(), rng, normal(rng, 5, 3, 30))
+    return linen(Net(), rng, normal(rng, 5, 14, 30))
 
 
 @case({"kernel": "ghost"})
@@ -82,7 +83,7 @@ def linen_attention_and_norms(rng):
     return linen(Net(), rng, normal(rng, 4, 3, 16))
 
 
-@case({"kernel": "ghost"})
+@case({"kernel": "ghost"}, rtol=1e-5)  # its softmax is float32 whatever the inputs: some hundred roundings of 6e-8
 def nnx_attention(rng):
     kind = jnp.result_type(float)
     attention = nnx.MultiHeadAttention(2, 16, 16, 16, decode=False, dtype=kind, param_dtype=kind, rngs=nnx.Rngs(0))
@@ -127,7 +128,7 @@ def conv(rng, layout, kernel, image, *, rows=4, route="instantiated", **options)
 NWC, NHWC, NDHWC = ("NWC", "WIO", "NWC"), ("NHWC", "HWIO", "NHWC"), ("NDHWC", "DHWIO", "NDHWC")
 
 
-@case({"w": "instantiated"})
+@case({"w": "ghost"})
 def conv_1d_strided_valid(rng):
     return conv(rng, NWC, (3, 4, 5), (9, 4), window_strides=(2,), padding="VALID")
 

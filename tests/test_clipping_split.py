@@ -8,19 +8,20 @@ from clipping_cases import CASES, Case
 
 from dpscale.clipping import PerGroup, clipped_grad
 
-FAST = {"dense_with_positions", "conv_2d_grouped_strided", "tied_embedding_as_decoder", "scan_over_layers"}
+FAST = {"conv_2d_grouped_strided", "embedding_with_repeated_ids", "one_weight_used_three_times"}
 PARAMS = [pytest.param(c, id=c.name, marks=[] if c.name in FAST else [pytest.mark.slow]) for c in CASES]
 
 
 def build(case: Case):
+    kind = jnp.result_type(float)
     loss, params, batch = case.make(np.random.default_rng(7))
-    params = jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+    params = jax.tree.map(lambda x: x.astype(kind) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.random.split(jax.random.key(5), rows) if case.keys else None
     return loss, params, batch, jnp.arange(rows) != 2, keys
 
 
-def assert_same(out, expected, rtol=1e-11):
+def assert_same(out, expected, rtol):
     """float64: sums of at most some thousand terms, conditioned like the norm itself; 1e-11 is 5e4 roundings."""
     np.testing.assert_allclose(out.norms, expected.norms, rtol=rtol)
     np.testing.assert_allclose(out.losses, expected.losses, rtol=1e-5)
@@ -38,7 +39,7 @@ def test_engine_equals_reference_in_float64(case):
         expected = jax.jit(make("materialize"))(params, batch, mask, keys)
         assert float(expected.norms.max()) > 0.7, "nothing is clipped"
         for method in ("bookkeeping", "ghost"):
-            assert_same(jax.jit(make(method))(params, batch, mask, keys), expected)
+            assert_same(jax.jit(make(method))(params, batch, mask, keys), expected, case.rtol)
         routes = {layer.name: layer.route for layer in make("auto").explain(params, batch, keys).layers}
         for part, route in case.routes.items():
             chosen = {name: r for name, r in routes.items() if part in name}
@@ -50,7 +51,6 @@ def test_engine_equals_reference_in_float64(case):
 @pytest.mark.parametrize("case", PARAMS)
 def test_bad_rows_and_padding_leave_the_bits_of_the_others(case, method):
     loss, params, batch, mask, keys = build(case)
-    params = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, params)
     clipped = jax.jit(clipped_grad(loss, 0.7, method, has_aux=case.has_aux))
     bad = jax.tree.map(
         lambda x: x.at[1].set(jnp.nan).at[2].set(jnp.inf) if jnp.issubdtype(x.dtype, jnp.floating) else x, batch
@@ -66,6 +66,7 @@ def test_bad_rows_and_padding_leave_the_bits_of_the_others(case, method):
     np.testing.assert_array_equal(out.norms, expected.norms)
 
 
+@pytest.mark.slow
 def test_groups_are_clipped_apart_by_every_method():
     with jax.enable_x64(True):
         loss, params, batch, mask, _ = build(next(c for c in CASES if c.name == "dense_with_positions"))
@@ -74,5 +75,5 @@ def test_groups_are_clipped_apart_by_every_method():
             jax.jit(clipped_grad(loss, bound=bound, method=method))(params, batch, mask)
             for method in ("materialize", "bookkeeping", "ghost")
         ]
-        assert_same(outs[1], outs[0])
-        assert_same(outs[2], outs[0])
+        assert_same(outs[1], outs[0], 1e-11)
+        assert_same(outs[2], outs[0], 1e-11)

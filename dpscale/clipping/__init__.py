@@ -15,9 +15,9 @@ from dpscale.clipping.bounds import as_bound
 from dpscale.clipping.example import ClippedSum as ClippedSum
 from dpscale.clipping.example import Problem, check_scalar
 from dpscale.clipping.explain import Explanation as Explanation
-from dpscale.clipping.explain import explain
+from dpscale.clipping.explain import explanation
 from dpscale.clipping.reference import materialize
-from dpscale.clipping.split import Split, bookkeeping, ghost, split
+from dpscale.clipping.split import clipped_sum, split_backward
 from dpscale.errors import InputError
 
 Method = Literal["auto", "bookkeeping", "ghost", "materialize"]
@@ -75,7 +75,7 @@ class ClippedGrad:
         """`batch`: pytree with leading axis B; `mask`: bool[B], False for padding; `keys`: leading axis B or None."""
         flat, treedef = jax.tree.flatten(params)
         problem, places = self._problem(params, batch, mask, keys)
-        result = _sum(problem, self.method)
+        result = materialize(problem) if self.method == "materialize" else clipped_sum(problem, self.method)
         grads: list[Any] = [None] * len(flat)
         for place, grad in zip(places, result.grad_sum, strict=True):
             grads[place] = grad
@@ -85,8 +85,7 @@ class ClippedGrad:
         """Per parameter: the route, sizes, operations and bytes for this batch. Print it."""
         rows = jax.tree.leaves(batch)[0].shape[0]
         problem, _ = self._problem(params, batch, jnp.ones(rows, bool), keys)
-        parts = split(problem)
-        return explain(parts, rows, _chosen(self.method, parts))
+        return explanation(split_backward(problem, self.method), rows)
 
     def _problem(self, params: Any, batch: Any, mask: Any, keys: Any) -> tuple[Problem, list[int]]:
         params, batch, mask, keys = _vary_alike((params, batch, jnp.asarray(mask), keys))
@@ -111,20 +110,6 @@ class ClippedGrad:
         rows = (batch,) if keys is None else (batch, keys)
         leaves, names = [flat[j] for j in places], [paths[j] for j in places]
         return Problem(loss, leaves, names, rows, mask, self.bound, [groups[j] for j in places]), places
-
-
-def _sum(problem: Problem, method: Method) -> ClippedSum:
-    if method == "materialize":
-        return materialize(problem)
-    parts = split(problem)
-    return ghost(problem, parts) if _chosen(method, parts) == "ghost" else bookkeeping(problem, parts)
-
-
-def _chosen(method: Method, parts: Split) -> Method:
-    """What "auto" means: book-keeping, unless jax.checkpoint asks for the memory that it would take."""
-    if method != "auto":
-        return method
-    return "ghost" if parts.program.checkpointed else "bookkeeping"
 
 
 def _trainable_leaves(trainable: Any, params: Any, flat: list[jax.Array]) -> list[bool]:

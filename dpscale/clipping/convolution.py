@@ -9,7 +9,7 @@ the others; it is used on the sum over the batch only.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,9 +20,8 @@ import numpy as np
 
 from dpscale.clipping.cut import Product
 from dpscale.clipping.dense import Sizes, scaled_rows
-from dpscale.clipping.example import sum_dtype
 from dpscale.clipping.jaxpr import Equation, Operand
-from dpscale.clipping.norms import gram, square_sum
+from dpscale.clipping.norms import contract, gram, square_sum, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +63,7 @@ class Convolution:
         numbers = self.product.equation.params["dimension_numbers"]
         return tuple(self.product.equation.outputs[0].shape[i] for i in numbers.out_spec[2:])
 
-    batch_axis = 1
+    batch_axis = 2
 
     def sides(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[scans.., B, own axes] -> a [S*B, space.., I, G, C], padded and dilated; g [S*B, t.., I, G, K]."""
@@ -72,52 +71,107 @@ class Convolution:
         numbers, lead = params["dimension_numbers"], len(self.product.frames) + 1
         a = _arranged(a, numbers.lhs_spec, lead, groups)
         g = _arranged(g, numbers.rhs_spec, lead, groups)
-        space = [
-            (low, high, step - 1) for (low, high), step in zip(params["padding"], params["lhs_dilation"], strict=True)
-        ]
+        pads = zip(params["padding"], params["lhs_dilation"], strict=True)
+        space = [(low, high, step - 1) for (low, high), step in pads]
         return jax.lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0), *space, *[(0, 0, 0)] * 3]), g
 
-    def rows(self, x: jax.Array) -> int:
-        """B, from an array whose first axis holds scans x B."""
-        return x.shape[0] // prod(self.product.stacked)
-
-    def patches(self, a: jax.Array, g: jax.Array) -> Iterator[jax.Array]:
-        """For each place u of the window: the view of a that meets g, [S*B, t.., I, G, C]."""
+    @property
+    def _disjoint(self) -> bool:
+        """Whether the patches do not overlap, as where an image is cut into tokens."""
         params = self.product.equation.params
-        stride, rate = params["window_strides"], params["rhs_dilation"]
-        space = g.shape[1 : 1 + len(stride)]
-        for u in itertools.product(*map(range, self.window)):
-            start = [i * s for i, s in zip(u, stride, strict=True)]
-            stop = [i + (n - 1) * r + 1 for i, n, r in zip(start, space, rate, strict=True)]
-            yield jax.lax.slice(a, [0, *start, 0, 0, 0], [a.shape[0], *stop, *a.shape[-3:]], [1, *rate, 1, 1, 1])
+        return tuple(params["rhs_dilation"]) == self.window and set(params["window_strides"]) == {1}
+
+    def _tiles(self, a: jax.Array, g: jax.Array) -> jax.Array:
+        """Disjoint patches [S*B, T, G, U*C]."""
+        n, space = len(self.window), g.shape[1 : 1 + len(self.window)]
+        stop = [t * u for t, u in zip(space, self.window, strict=True)]
+        a = jax.lax.slice(a, [0] * a.ndim, [a.shape[0], *stop, *a.shape[-3:]])
+        pairs = [size for pair in zip(space, self.window, strict=True) for size in pair]
+        a = a.reshape(a.shape[0], *pairs, *a.shape[-3:])
+        t_axes, u_axes = [1 + 2 * i for i in range(n)], [2 + 2 * i for i in range(n)]
+        a = jnp.transpose(a, [0, *t_axes, 2 * n + 1, 2 * n + 2, *u_axes, 2 * n + 3])  # S*B, t.., I, G, u.., C
+        rows, parts = a.shape[0], self.groups
+        return a.reshape(rows, self.sizes.positions, parts, self.sizes.width_a)
+
+    def _patch(self, a: jax.Array, g: jax.Array, start: Any) -> jax.Array:
+        """[S*B, t.., I, G, C]: what the window's place that begins at `start` meets of a."""
+        rate, space = self.product.equation.params["rhs_dilation"], g.shape[1 : 1 + len(self.window)]
+        sizes = [(n - 1) * r + 1 for n, r in zip(space, rate, strict=True)]
+        x = jax.lax.dynamic_slice(a, list(start), [a.shape[0], *sizes, *a.shape[-3:]])
+        return jax.lax.slice(x, [0] * x.ndim, x.shape, [1, *rate, 1, 1, 1])
+
+    def _starts(self) -> np.ndarray:
+        """int32[U, axes of a]: where in a each place of the window begins."""
+        n = len(self.window)
+        starts = np.zeros((prod(self.window), n + 4), np.int32)
+        starts[:, 1 : n + 1] = list(itertools.product(*map(range, self.window)))
+        starts[:, 1 : n + 1] *= np.array(self.product.equation.params["window_strides"], np.int32)
+        return starts
 
     def written_out(self, a: jax.Array, g: jax.Array) -> jax.Array:
-        """[S, B, U, G, C, K]."""
+        """[U, S, B, G, C, K], one place of the window after the other, so that one patch at a time is in memory."""
         a, g = self.sides(a, g)
-        dtype = sum_dtype(jnp.result_type(a, g))
-        rows, flat_g = self.rows(g), _flat_positions(g)
-        if prod(self.window) > 16 or a.shape[-1] < 16:
-            patches = jnp.stack([_flat_positions(x) for x in self.patches(a, g)], axis=-2)  # [SB, T, G, U, C]
-            each = jnp.einsum("btguc,btgk->bugck", patches, flat_g, preferred_element_type=dtype)
+        rows, flat = g.shape[0] // prod(self.product.stacked), _flat_positions(g)
+        if self._disjoint:
+            each = contract("btgd,btgk->bgdk", self._tiles(a, g), flat)
+            each = jnp.moveaxis(each.reshape(*each.shape[:2], prod(self.window), -1, each.shape[-1]), 2, 0)
         else:
-            products = [
-                jnp.einsum("btgc,btgk->bgck", _flat_positions(x), flat_g, preferred_element_type=dtype)
-                for x in self.patches(a, g)
-            ]
-            each = jnp.stack(products, axis=1)
-        return each.reshape(-1, rows, *each.shape[1:])
+
+            def one(start):
+                patch = _flat_positions(self._patch(a, g, start))
+                return contract("btgc,btgk->bgck", patch, flat)
+
+            each = jax.lax.map(one, jnp.asarray(self._starts()))
+        return each.reshape(each.shape[0], -1, rows, *each.shape[2:])
 
     def tables(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """T x T tables of a's patches and of g, each [S*G, B, T, T].
-
-        The table of the patches is a sum over the window of shifted views of the table of single places.
-        """
+        """T x T tables of a's patches and of g, each [S*G, B, T, T]."""
         a, g = self.sides(a, g)
-        rows = self.rows(g)
+        rows = g.shape[0] // prod(self.product.stacked)
         table_g = gram(jnp.moveaxis(_flat_positions(g), 2, 1))
-        stacked = [jnp.moveaxis(_flat_positions(x), 2, 1) for x in self.patches(a, g)]
-        table_a = functools.reduce(jnp.add, [gram(x) for x in stacked])
+        if self._disjoint:
+            table_a = gram(jnp.moveaxis(self._tiles(a, g), 2, 1))
+        elif self.shares_places:
+            table_a = self._table_of_places(a, g)
+        else:
+
+            def add(total, start):
+                return total + gram(jnp.moveaxis(_flat_positions(self._patch(a, g, start)), 2, 1)), None
+
+            table_a, _ = jax.lax.scan(add, jnp.zeros_like(table_g), jnp.asarray(self._starts()))
         return self._parts_first(table_a, rows), self._parts_first(table_g, rows)
+
+    @property
+    def shares_places(self) -> bool:
+        """Whether patches are made of few enough places that a table of places is the cheaper one."""
+        params = self.product.equation.params
+        plain = {*params["window_strides"], *params["rhs_dilation"]} == {1} and self.sizes.parts == 1
+        return plain and self.places**2 <= prod(self.window) * self.sizes.positions**2
+
+    @property
+    def places(self) -> int:
+        """Positions of the padded input."""
+        params = self.product.equation.params
+        size = [self.product.equation.inputs[0].shape[i] for i in params["dimension_numbers"].lhs_spec[2:]]
+        pads = zip(size, params["padding"], params["lhs_dilation"], strict=True)
+        return prod((n - 1) * step + 1 + low + high for n, (low, high), step in pads) * self._features
+
+    @property
+    def _features(self) -> int:
+        numbers = self.product.equation.params["dimension_numbers"]
+        return self.product.equation.inputs[0].shape[numbers.lhs_spec[1]]
+
+    def _table_of_places(self, a: jax.Array, g: jax.Array) -> jax.Array:
+        """[B, 1, T, T]: patches at t and s meet in the sum over u of the table of places at (t + u, s + u)."""
+        space, t, i = a.shape[1:-3], g.shape[1 : 1 + len(self.window)], a.shape[-3]
+        table = gram(a.reshape(a.shape[0], -1, a.shape[-1])).reshape(a.shape[0], *space, i, *space, i)
+        views = []
+        for u in itertools.product(*map(range, self.window)):
+            start = [0, *u, 0, *u, 0]
+            stop = [n + u for n, u in zip(t, u, strict=True)]
+            views.append(jax.lax.slice(table, start, [a.shape[0], *stop, i, *stop, i]))
+        total = functools.reduce(jnp.add, views)
+        return total.reshape(a.shape[0], 1, self.sizes.positions, self.sizes.positions)
 
     def _parts_first(self, table: jax.Array, rows: int) -> jax.Array:
         table = table.reshape(-1, rows, *table.shape[1:])
@@ -126,9 +180,11 @@ class Convolution:
     def spreads(self, a: jax.Array, g: jax.Array) -> jax.Array:
         """sum_t |a_t||g_t| for each part, [S*G, B]."""
         a, g = self.sides(a, g)
-        squares = sum(square_sum(_flat_positions(x), 1) for x in self.patches(a, g))
-        spread = jnp.sum(jnp.sqrt(squares * square_sum(_flat_positions(g), 1)), axis=1)
-        return jnp.moveaxis(spread.reshape(-1, self.rows(g), self.groups), -1, 1).reshape(-1, self.rows(g))
+        squares_a, squares_g = square_sum(a, 1)[..., None], _flat_positions(square_sum(g, 1)[..., None])
+        patches = [_flat_positions(self._patch(squares_a, g, start)) for start in self._starts()]
+        spread = jnp.sum(jnp.sqrt(functools.reduce(jnp.add, patches) * squares_g), axis=(1, 3))
+        spread = spread.reshape(-1, g.shape[0] // prod(self.product.stacked), self.groups)
+        return jnp.moveaxis(spread, -1, 1).reshape(-1, spread.shape[1])
 
     def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
         """The leaf's sum_b factor_b e_b by the equation itself; rows that are not good are selected away.
@@ -136,14 +192,13 @@ class Convolution:
         The examples are laid side by side in the feature axis, which this convolution contracts.
         """
         equation, at = self.product.equation, len(self.product.frames)
-        numbers, dtype = equation.params["dimension_numbers"], sum_dtype(jnp.result_type(a, g))
+        numbers = equation.params["dimension_numbers"]
         a = jnp.where(_along(good, at, a.ndim), a, jnp.zeros((), a.dtype))
         g = scaled_rows(g, _along(factor, at, g.ndim), _along(good, at, g.ndim))
 
         def one(pair):
-            return _apply(
-                equation, _join_rows(pair[0], numbers.lhs_spec[1]), _join_rows(pair[1], numbers.rhs_spec[1]), dtype
-            )
+            joined = _join_rows(pair[0], numbers.lhs_spec[1]), _join_rows(pair[1], numbers.rhs_spec[1])
+            return _apply(equation, *widened(*joined))
 
         if not at:
             return self.product.finish(one((a, g)))
@@ -151,19 +206,24 @@ class Convolution:
         return self.product.finish(sums.reshape(*a.shape[:at], *sums.shape[1:]))
 
     def finish(self, x: jax.Array, lead: int = 0) -> jax.Array:
-        """[lead.., S, U, G, C, K] -> the leaf's gradient."""
+        """[lead.., U, S, G, C, K] -> the leaf's gradient."""
         out = self.product.equation.params["dimension_numbers"].out_spec
         stacked, n = self.product.stacked, len(self.window)
-        x = x.reshape(*x.shape[:lead], prod(stacked), *self.window, *x.shape[-3:])
+        x = jnp.moveaxis(x, lead, lead + 1)  # S, U, G, C, K
+        x = x.reshape(*x.shape[: lead + 1], *self.window, *x.shape[-3:])
         first = lead + 1 + n  # the axes (G, C, K) -> batch axis C, feature axis (G, K)
         x = jnp.moveaxis(x, first, first + 1).reshape(*x.shape[:first], x.shape[first + 1], -1)
-        place = np.argsort([out[2 + i] for i in range(n)] + [out[0], out[1]])
+        place = np.argsort([*out[2:], out[0], out[1]])
         x = jnp.transpose(x, [*range(lead + 1), *(lead + 1 + int(i) for i in place)])
         return self.product.finish(x.reshape(*x.shape[:lead], *stacked, *x.shape[lead + 1 :]), lead)
 
     def macs(self) -> dict[str, int]:
+        """Multiplications for one example, by route."""
         n, t, d, p = self.sizes.parts, self.sizes.positions, self.sizes.width_a, self.sizes.width_g
-        return {"ghost": n * t * t * (d + p), "instantiated": n * t * d * p, "folded": n * t * d * p}
+        table_a = t * t * d
+        if self.shares_places and not self._disjoint:
+            table_a = self.places**2 * d // prod(self.window) + t * t * prod(self.window)
+        return {"ghost": n * (table_a + t * t * p), "instantiated": n * t * d * p, "folded": n * t * d * p}
 
 
 def _arranged(x: jax.Array, spec: tuple[int, ...], lead: int, groups: int) -> jax.Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dpscale.clipping.example import sum_dtype
 from dpscale.clipping.jaxpr import Constant, Equation, Name, Operand, Program, Scan, subprogram
 
 BILINEAR = ("dot_general", "conv_general_dilated", "scatter-add")
@@ -36,7 +37,8 @@ class Product:
     """One bilinear equation, the scans around it (outermost first), and the changes of shape that follow it.
 
     `chain` holds pairs (equation, number of stacked axes in front of what it works on). `scale` is the product of the
-    absolute constants by which the chain multiplies.
+    constants by which the gradient multiplies the equation's result; it goes into the second operand (`scaled`), so
+    that norm and sum both hold it.
     """
 
     equation: Equation
@@ -47,6 +49,10 @@ class Product:
     @property
     def stacked(self) -> tuple[int, ...]:
         return tuple(frame.length for frame in self.frames if not frame.summed)
+
+    def scaled(self, a: Any, g: Any) -> tuple[Any, Any]:
+        """The operands, with `scale` in the second; in at least float32, so that this rounds like one more product."""
+        return (a, g) if self.scale == 1.0 else (a, g.astype(sum_dtype(g.dtype)) * self.scale)
 
     def finish(self, x: Any, lead: int = 0) -> Any:
         """The gradient from the equation's result, which has `lead` batch axes and then the stacked axes in front."""
@@ -118,11 +124,10 @@ class _Walk:
             return None
         if equation.operation == "convert_element_type":  # the sum stays in float32
             return products
+        if factor is not None:
+            return [replace(x, scale=x.scale * factor) for x in products]
         depth = sum(not frame.summed for frame in frames)
-        return [
-            replace(x, chain=(*x.chain, (equation, depth)), scale=x.scale * abs(1.0 if factor is None else factor))
-            for x in products
-        ]
+        return [replace(x, chain=(*x.chain, (equation, depth))) for x in products]
 
     def _into(self, program, equation, at, frames, carry) -> list[Product] | None:
         scan = Scan.of(equation)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dpscale.clipping.cut import Product
 from dpscale.clipping.example import sum_dtype
 from dpscale.clipping.jaxpr import Operand
-from dpscale.clipping.norms import gram, over_parts, row_norms, square_sum
+from dpscale.clipping.norms import contract, gram, over_parts, row_norms, square_sum
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,14 @@ class Dense:
     def written_out(self, a: jax.Array, g: jax.Array) -> jax.Array:
         """Every example's gradient, [N, B, D, P]."""
         left, right = self.sides(a, g)
-        dtype = sum_dtype(jnp.result_type(a, g))
-        return jnp.einsum("...td,...tp->...dp", left, right, preferred_element_type=dtype)
+        return contract("...td,...tp->...dp", left, right)
 
     def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
         """The leaf's sum_b factor_b e_b in one product; rows that are not good are selected away from both operands."""
         left, right = self.sides(a, g)
         left = jnp.where(good[:, None, None], left, jnp.zeros((), left.dtype))
         right = scaled_rows(right, factor[:, None, None], good[:, None, None])
-        dtype = sum_dtype(jnp.result_type(a, g))
-        return self.finish(jnp.einsum("...btd,...btp->...dp", left, right, preferred_element_type=dtype))
+        return self.finish(contract("...btd,...btp->...dp", left, right))
 
     def finish(self, x: jax.Array, lead: int = 0) -> jax.Array:
         """[lead.., N, D, P] -> the leaf's gradient."""

@@ -45,9 +45,9 @@ class Explanation:
         return "\n".join([f"method: {self.method}, batch of {self.rows}, {_short(total)}B held", *lines])
 
 
-def explain(parts: Split, rows: int, method: str) -> Explanation:
+def explanation(parts: Split, rows: int) -> Explanation:
     """The costs of each layer for a batch of `rows` examples."""
-    return Explanation(method, rows, [_cost(layer, rows, method) for layer in parts.layers])
+    return Explanation(parts.method, rows, [_cost(layer, rows, parts.method) for layer in parts.layers])
 
 
 def _cost(layer: Layer, rows: int, method: str) -> LayerCost:

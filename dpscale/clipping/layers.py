@@ -9,7 +9,7 @@
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -65,30 +65,81 @@ def rule_for(product: Product, program: Program) -> Rule | None:
     return Embedding.of(product, program)
 
 
-def choose(
+def layer_for(
     name: str, shape: tuple[int, ...], found: Cut | None, program: Program, leaves: tuple[jax.Array, ...]
 ) -> Layer:
-    """The layer with the route that takes the least time at no more memory than the operands themselves."""
+    """The leaf's rules, with the route that costs the least memory; `choose_routes` then spends memory on time."""
     rules = [] if found is None else [rule_for(product, program) for product in found.products]
     known = tuple(rule for rule in rules if rule is not None)
     if found is None or len(known) < len(rules) or not known:
         return Layer(name, shape, "materialised")
     if found.tail is not None:
         return Layer(name, shape, "instantiated", known, found.tail, leaves)
-    if len(known) > 1:
-        return Layer(name, shape, "ghost" if _together(known) else "instantiated", known)
-    return Layer(name, shape, _route(next(iter(known))), known)
+    layer = Layer(name, shape, "instantiated", known)
+    if len(known) == 1 and all(isinstance(rule, Dense) and rule.sizes.positions == 1 for rule in known):
+        return replace(layer, route="outer")
+    return replace(layer, route="ghost") if _may_be_ghost(layer) else layer
 
 
-def _route(rule: Rule) -> Route:
-    sizes = rule.sizes
-    t, d, p = sizes.positions, sizes.width_a, sizes.width_g
-    if isinstance(rule, Embedding):
-        return "ghost" if t * (t + p) <= d * p else "instantiated"
-    if t == 1:
-        return "outer"
-    excess = t * kappa(d, p, rule.product.equation.outputs[0].dtype)
-    return "ghost" if t * (d + p) <= d * p and excess <= GHOST_EXCESS else "instantiated"
+def _may_be_ghost(layer: Layer) -> bool:
+    """Whether tables are possible, precise enough, and smaller than the gradient."""
+    first, *others = layer.rules
+    if others and not _together(layer.rules):
+        return False
+    sizes = first.sizes
+    positions = sum(rule.sizes.positions for rule in layer.rules)
+    onehot = all(isinstance(rule, Embedding) for rule in layer.rules)
+    excess = 0 if onehot else positions * kappa(sizes.width_a, sizes.width_g, jnp.float32)
+    return 2 * positions**2 <= sizes.width_a * sizes.width_g * MEMORY_RATIO and excess <= GHOST_EXCESS
+
+
+MEMORY_RATIO = 4
+"""Tables may be this many times as large as the gradient that they spare."""
+
+TOUCH_MACS = {"cpu": 8, "gpu": 40}
+"""Multiply-adds in the time that one float32 takes to and from memory. CPU: measured, two cores, 20 to 28 for one
+written and two read. GPU: 33 TMAC/s of float32 against 0.8 Tfloat/s (H100's data sheet)."""
+
+HELD_SHARE = 2.3
+"""Book-keeping may hold written-out gradients of this many times the size of the layers' operands."""
+
+
+def choose_routes(layers: list[Layer], refold: bool) -> list[Layer]:
+    """Writes out a layer's gradients where that takes less time than its tables, as far as memory allows.
+
+    `refold` (ghost mode) holds nothing after the norm, so there is no limit, but the sum is made again.
+    """
+    budget = HELD_SHARE * sum(operand_floats(layer) for layer in layers)
+    budget -= sum(gradient_floats(layer) for layer in layers if layer.route == "instantiated")
+    gains = {j: _gain(layer, refold) for j, layer in enumerate(layers) if layer.route == "ghost"}
+    chosen = list(layers)
+    for j in sorted(gains, key=lambda j: gains[j] / gradient_floats(layers[j]), reverse=True):
+        held = gradient_floats(layers[j])
+        if gains[j] > 0 and (refold or held <= budget):
+            chosen[j] = replace(layers[j], route="instantiated")
+            budget -= held
+    return chosen
+
+
+def _gain(layer: Layer, refold: bool) -> float:
+    """Multiply-adds that writing out one example's gradient saves, all told."""
+    costs, touch = [rule.macs() for rule in layer.rules], TOUCH_MACS.get(jax.default_backend(), 40)
+    positions = sum(rule.sizes.positions for rule in layer.rules)
+    tables = sum(cost["ghost"] for cost in costs) + 2 * touch * layer.rules[0].sizes.parts * positions**2
+    tables *= len(layer.rules)  # the products meet each other too
+    written = sum(cost["instantiated"] for cost in costs) + (2 if refold else 3) * touch * gradient_floats(layer)
+    return tables + (0 if refold else sum(cost["folded"] for cost in costs)) - written
+
+
+def gradient_floats(layer: Layer) -> int:
+    return prod(layer.shape)
+
+
+def operand_floats(layer: Layer) -> int:
+    """Size of one example's operands as the products hold them."""
+    lengths = [prod(frame.length for frame in rule.product.frames) for rule in layer.rules]
+    sizes = [sum(prod(x.shape) for x in rule.operands) for rule in layer.rules]
+    return sum(n * size for n, size in zip(lengths, sizes, strict=True))
 
 
 def _together(rules: tuple[Rule, ...]) -> bool:
@@ -101,11 +152,7 @@ def _together(rules: tuple[Rule, ...]) -> bool:
         return False
     first = layouts[0] or []
     swapped = [("g" if side == "a" else "a", i, n) for side, i, n in first]
-    if any(layout not in (first, swapped) for layout in layouts):
-        return False
-    positions = sum(rule.sizes.positions for rule in rules)
-    d, p = rules[0].sizes.width_a, rules[0].sizes.width_g
-    return 2 * positions**2 <= d * p and positions * kappa(d, p, jnp.float32) <= GHOST_EXCESS
+    return all(layout in (first, swapped) for layout in layouts)
 
 
 Pair = tuple[jax.Array, jax.Array]

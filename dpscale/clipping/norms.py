@@ -16,7 +16,7 @@ Let u be the unit roundoff of the sums and S = sum_t |a_t||g_t|.
 Where the example's gradient is written out and that very array is scaled and summed, neither term is needed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,22 @@ def cross_gram(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _products(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return contract(spec, x, y, precision="highest")
+
+
+def contract(spec: str, x: jax.Array, y: jax.Array, precision: str | None = None) -> jax.Array:
+    """einsum of two operands with sums in at least float32."""
+    x, y, dtype = widened(x, y)
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=dtype)
+
+
+def widened(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    """The operands of a product and the type of its sums. XLA's CPU backend has no bfloat16 product with float32
+    sums, so there the operands are widened, which changes no bit of the result."""
     dtype = sum_dtype(jnp.result_type(x, y))
-    return jnp.einsum(spec, x, y, precision="highest", preferred_element_type=dtype)
+    if jax.default_backend() == "cpu":
+        return x.astype(dtype), y.astype(dtype), dtype
+    return x, y, dtype
 
 
 def row_norms(x: jax.Array) -> jax.Array:

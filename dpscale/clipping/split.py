@@ -12,7 +12,7 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
 from dpscale.clipping.jaxpr import Constant, Operand, Program, expose, moving_names, run, trace, walk
-from dpscale.clipping.layers import Layer, choose, measure, sum_factors, sum_written_out
+from dpscale.clipping.layers import Layer, choose_routes, layer_for, measure, sum_factors, sum_written_out
 from dpscale.clipping.norms import Squares, square_sum
 
 KEPT_SIZE = 16384
@@ -31,16 +31,20 @@ KEPT_SIZE = 16384
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The traced program of one example, cut; a layer for each trainable leaf."""
+    """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used."""
 
     program: Program
+    method: str
     layers: list[Layer]
     num_aux: int
     aux_tree: Any
 
 
-def split(problem: Problem) -> Split:
-    """Traces the loss for one row, finds the cuts and chooses the routes."""
+def split_backward(problem: Problem, method: str) -> Split:
+    """Traces the loss for one row, finds the cuts and chooses the routes.
+
+    "auto" is book-keeping, unless jax.checkpoint asks for the memory that it would take: then it is ghost.
+    """
     traced: list[Any] = []
 
     def example(row):
@@ -62,8 +66,10 @@ def split(problem: Problem) -> Split:
     layers = []
     for name, leaf, gradient in zip(problem.names, problem.leaves, program.outputs[-count:], strict=True):
         found = cut(program, gradient, moving, program.inputs[:count])
-        layers.append(choose(name, leaf.shape, found, program, tuple(problem.leaves)))
-    return Split(program, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux))
+        layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
+    method = method if method != "auto" else "ghost" if program.checkpointed else "bookkeeping"
+    layers = choose_routes(layers, refold=method == "ghost")
+    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +99,8 @@ def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
     values: list[Any] = []
     rest = iter(results[len(heads) :])
     for layer in parts.layers:
-        values.append([(next(rest), next(rest)) for _ in layer.rules] if layer.rules else next(rest))
+        pairs = [rule.product.scaled(next(rest), next(rest)) for rule in layer.rules]
+        values.append(pairs if layer.rules else next(rest))
     return Evaluated(results[0], parts.aux_tree.unflatten(results[1 : len(heads)]), values)
 
 
@@ -140,6 +147,12 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
     return Measured(norms, factors, finite | ~problem.mask, finite & problem.mask, each)
 
 
+def clipped_sum(problem: Problem, method: str) -> ClippedSum:
+    """The clipped sum by "bookkeeping", "ghost" or "auto"."""
+    parts = split_backward(problem, method)
+    return ghost(problem, parts) if parts.method == "ghost" else bookkeeping(problem, parts)
+
+
 def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
     """One backward pass; the operands of every layer are kept until the factors are known."""
     rows = evaluate_rows(parts, problem)
@@ -166,13 +179,36 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
         if not layer.rules and layer.size <= KEPT_SIZE:
             assert written is not None
             sums[j] = sum_written_out(layer, written, found.factors[j], found.good)
+    _sum_low_precision(problem, parts, rows, found, sums)
     again = replace_rows(found.good, problem.rows)
     for group in sorted({problem.groups[j] for j, done in enumerate(sums) if done is None}):
         places = [j for j, done in enumerate(sums) if done is None and problem.groups[j] == group]
         factor = jnp.where(found.good, found.factors[places[0]], 0)
-        for j, grad in zip(places, _weighted_gradient(problem, again, factor, places), strict=True):
-            sums[j] = grad
+        grads = _weighted_gradient(problem, again, factor, places)
+        for j, grad in zip(places, grads, strict=True):  # without any good row nothing replaced the bad ones
+            sums[j] = jnp.where(jnp.any(found.good), grad, 0)
     return _result(problem, rows, found, sums)
+
+
+def _sum_low_precision(problem: Problem, parts: Split, rows: Evaluated, found: Measured, sums: list[Any]) -> None:
+    """Fills in the sums of layers with less than float32 operands, from operands made again behind a barrier.
+
+    An ordinary backward pass would round their sum over the batch to the operands' own precision.
+    """
+    low = []
+    for j, (layer, value) in enumerate(zip(parts.layers, rows.values, strict=True)):
+        arrays = [x for pair in value for x in pair] if layer.rules else [value]
+        floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+        if sums[j] is None and any(x.dtype.itemsize < 4 for x in floats):
+            low.append(j)
+    if not low:
+        return
+    fenced, _ = jax.lax.optimization_barrier((problem.rows, found.factors))
+    again = evaluate_rows(parts, replace(problem, rows=fenced)).values
+    for j in low:
+        layer, value, factor = parts.layers[j], again[j], found.factors[j]
+        take = sum_factors if layer.rules else sum_written_out
+        sums[j] = take(layer, value, factor, found.good)
 
 
 def _weighted_gradient(problem: Problem, rows: Any, factor: jax.Array, places: Sequence[int]) -> list[jax.Array]:

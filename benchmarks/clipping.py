@@ -1,0 +1,105 @@
+"""What clipping costs: time, temporary memory and compile time of each method and peer, next to plain SGD.
+
+    python benchmarks/clipping.py [MODEL ...] [--methods auto ghost] [--repeats 7]
+
+All methods of a model are run in turn (A B C A B C ...), after a warm-up; a figure is the median, and its ratio is to
+the faster of two SGD steps: the gradient of the vmapped loss and of the loss written for a batch. Writes
+benchmarks/results/clipping-MODEL.json. Opacus is measured by benchmarks/peers/opacus_clipping.py.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clipping_models import NAMES, Workload, workload
+from machine import machine
+
+from dpscale.clipping import clipped_grad
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("sgd-vmapped", "sgd-batched", "auto", "bookkeeping", "ghost", "materialize", "jax_privacy")
+
+
+def step(method: str, work: Workload) -> Callable[..., Any]:
+    """(params, batch, mask) -> the (clipped) gradient sum."""
+    if method == "sgd-vmapped":
+        losses = jax.vmap(work.loss, (None, 0))
+        return lambda p, batch, mask: jax.grad(lambda q: jnp.sum(jnp.where(mask, losses(q, batch), 0)))(p)
+    if method == "sgd-batched":
+        return lambda p, batch, mask: jax.grad(lambda q: jnp.sum(jnp.where(mask, work.batch_losses(q, batch), 0)))(p)
+    if method == "jax_privacy":
+        from jax_privacy import clipping
+
+        peer = clipping.clipped_grad(work.loss, l2_clip_norm=1.0, keep_batch_dim=False)
+        return lambda p, batch, mask: peer(p, batch, is_padding_example=~mask)
+    clipped = clipped_grad(work.loss, 1.0, method)  # type: ignore[arg-type]
+    return lambda p, batch, mask: clipped(p, batch, mask).grad_sum
+
+
+def compile_step(method: str, work: Workload, args: tuple[Any, ...]) -> tuple[Any, dict[str, float]]:
+    begin = time.perf_counter()
+    lowered = jax.jit(step(method, work)).lower(*args)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    memory = getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
+    compiled = time.perf_counter()
+    return program, {"trace_s": traced - begin, "compile_s": compiled - traced, "temp_bytes": memory}
+
+
+def measure(name: str, methods: list[str], repeats: int, batch: int | None) -> dict[str, Any]:
+    work = workload(name, batch)
+    args = (work.params, (work.inputs, work.targets), jnp.ones(work.inputs.shape[0], bool))
+    programs, report = {}, {}
+    for method in methods:
+        programs[method], report[method] = compile_step(method, work, args)
+        jax.block_until_ready(programs[method](*args))
+    times: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in range(repeats):
+        for method, program in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            times[method].append(time.perf_counter() - begin)
+    for method, seen in times.items():
+        report[method] |= {"time_s": statistics.median(seen), "fastest_s": min(seen), "slowest_s": max(seen)}
+    base = min((m for m in methods if m.startswith("sgd")), key=lambda m: report[m]["time_s"], default=methods[0])
+    for method in methods:
+        report[method]["times_sgd"] = report[method]["time_s"] / report[base]["time_s"]
+        report[method]["memory_of_sgd"] = report[method]["temp_bytes"] / max(report[base]["temp_bytes"], 1)
+    return {"model": name, "batch": work.inputs.shape[0], "fastest_sgd": base, "methods": report}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['model']}, batch {result['batch']}, against {result['fastest_sgd']}")
+    for method, x in result["methods"].items():
+        print(
+            f"  {method:12s} {x['time_s'] * 1e3:9.1f} ms  x{x['times_sgd']:5.2f}   temp {x['temp_bytes'] / 1e6:8.1f} MB"
+            f"  x{x['memory_of_sgd']:5.2f}   trace {x['trace_s']:5.1f} s  compile {x['compile_s']:5.1f} s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=NAMES, metavar="MODEL", help=", ".join(NAMES))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, help="instead of each model's own batch size")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        result = measure(name, list(arguments.methods), arguments.repeats, arguments.batch)
+        show(result)
+        if not arguments.no_write:
+            about = {"machine": machine(), "device": jax.devices()[0].device_kind, "repeats": arguments.repeats}
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"clipping-{name}.json").write_text(json.dumps(about | result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""No example contributes more than its bound, whatever float32 does to its norm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpscale.clipping import ROUNDING_SLACK, clipped_grad, layers, split
+
+POSITIONS, INPUTS, OUTPUTS = 64, 96, 96
+TRIALS = 40
+
+
+def adversarial(offset: float):
+    """One example whose gradient's ghost norm cancels: inputs share an offset, cotangents sum to zero.
+
+    The loss is linear in the layer's output, so that the cotangents are the example's own numbers.
+    """
+    rng = np.random.default_rng(3)
+    a = rng.standard_normal((TRIALS, POSITIONS, INPUTS)) + offset * rng.standard_normal((TRIALS, 1, INPUTS))
+    g = rng.standard_normal((TRIALS, POSITIONS, OUTPUTS))
+    g -= g.mean(axis=1, keepdims=True)
+    return a.astype(np.float32), g.astype(np.float32)
+
+
+def linear_loss(w, example):
+    a, g = example
+    return jnp.sum((a @ w) * g)
+
+
+def contributions(method: str, a, g, clip_norm: float):
+    """The norm, in float64, of what each example adds to the sum when it is alone in the batch."""
+    clipped = jax.jit(clipped_grad(linear_loss, clip_norm, method))
+    w = jnp.zeros((INPUTS, OUTPUTS), jnp.float32)
+    one = jnp.ones(1, bool)
+    sums = [clipped(w, (a[i : i + 1], g[i : i + 1]), one).grad_sum for i in range(TRIALS)]
+    return np.array([np.linalg.norm(np.asarray(x, np.float64)) for x in sums])
+
+
+def exact_contributions(method: str, a, g, clip_norm: float):
+    """factor * |true gradient| in float64: what the proof bounds."""
+    clipped = jax.jit(clipped_grad(linear_loss, clip_norm, method))
+    w = jnp.zeros((INPUTS, OUTPUTS), jnp.float32)
+    probe = clipped(w, (a, g), jnp.ones(TRIALS, bool))
+    truth = np.einsum("btd,btp->bdp", a.astype(np.float64), g.astype(np.float64))
+    return np.asarray(probe.norms), np.linalg.norm(truth, axis=(1, 2))
+
+
+@pytest.fixture
+def ghost_only(monkeypatch):
+    """Keeps the layer on its ghost route, where the cancellation is."""
+    monkeypatch.setattr(split, "choose_routes", lambda found, refold: found)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])
+def test_contribution_stays_within_the_bound_where_ghost_norms_cancel(ghost_only, offset):
+    a, g = adversarial(offset)
+    for method in ("bookkeeping", "ghost"):
+        assert contributions(method, a, g, 1.0).max() <= 1 + ROUNDING_SLACK
+
+
+def test_without_the_rounding_terms_the_same_examples_break_the_bound(ghost_only, monkeypatch):
+    monkeypatch.setattr(layers, "kappa", lambda *_: 0.0)
+    monkeypatch.setattr(layers, "delta", lambda *_: 0.0)
+    a, g = adversarial(1e4)
+    assert contributions("bookkeeping", a, g, 1.0).max() > 1.5
+
+
+def test_rounding_terms_cost_little_on_ordinary_examples(ghost_only):
+    """T kappa / 2 with kappa = (96 + 96 + 65) 6e-8 and T = 64 is 5e-4 of the norm."""
+    a, g = adversarial(0.0)
+    seen = contributions("bookkeeping", a, g, 1.0)
+    assert seen.min() >= 1 - 1.5e-3
+    norms, truth = exact_contributions("bookkeeping", a, g, 1.0)
+    np.testing.assert_allclose(norms, truth, rtol=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-30, 1e30, float("inf")])
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_extreme_clip_norms(method, clip_norm):
+    a, g = adversarial(0.0)
+    w = jnp.zeros((INPUTS, OUTPUTS), jnp.float32)
+    out = jax.jit(clipped_grad(linear_loss, clip_norm, method))(w, (a[:3], g[:3]), jnp.ones(3, bool))
+    if clip_norm >= 1e30:
+        truth = np.einsum("btd,btp->dp", a[:3].astype(np.float64), g[:3].astype(np.float64))
+        np.testing.assert_allclose(out.grad_sum, truth, atol=1e-4 * np.abs(truth).max())
+    else:
+        assert np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= 3 * clip_norm * (1 + ROUNDING_SLACK)
+        assert np.all(np.asarray(out.grad_sum) == 0) == (clip_norm == 0)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_low_precision_compute_keeps_float32_sums_and_the_bound(method):
+    """bf16 operands: each g c is rounded once, which the bound must cover too (delta)."""
+
+    def loss(w, example):
+        a, g = (x.astype(jnp.bfloat16) for x in example)
+        return jnp.sum(((a @ w.astype(jnp.bfloat16)) * g).astype(jnp.float32))
+
+    a, g = adversarial(0.0)
+    clipped = jax.jit(clipped_grad(loss, 1.0, method))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        w = jnp.zeros((INPUTS, OUTPUTS), dtype)
+        out = clipped(w, (a[:1], g[:1]), jnp.ones(1, bool))
+        assert out.grad_sum.dtype == jnp.float32
+        size = np.linalg.norm(np.asarray(out.grad_sum, np.float64))
+        assert 0.9 <= size <= 1 + ROUNDING_SLACK
+        rounded = out.grad_sum.astype(jnp.bfloat16).astype(jnp.float32)
+        assert np.mean(np.asarray(out.grad_sum != rounded)) > 0.9  # a sum rounded to bf16 would be equal
+
+
+def test_one_row_batches_and_batches_without_good_rows():
+    a, g = adversarial(0.0)
+    w = jnp.zeros((INPUTS, OUTPUTS), jnp.float32)
+    for method in ("bookkeeping", "ghost"):
+        clipped = jax.jit(clipped_grad(linear_loss, 1.0, method))
+        assert np.linalg.norm(clipped(w, (a[:1], g[:1]), jnp.ones(1, bool)).grad_sum) > 0.9
+        for out in (
+            clipped(w, (a[:1], g[:1]), jnp.zeros(1, bool)),
+            clipped(w, (a[:1] * np.nan, g[:1]), jnp.ones(1, bool)),
+            clipped(w, (a[:1], 0 * g[:1]), jnp.ones(1, bool)),
+        ):
+            assert not np.any(out.grad_sum)
+            assert out.norms[0] == 0
