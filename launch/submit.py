@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,14 @@ from typing import Any, Literal
 from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
 from dpscale.errors import InputError, RunDirectoryError
+from dpscale.lease import EXPIRES_AFTER_S
 from launch import slurm_commands
 from launch.profiles import Profile, load_profile
 from launch.resources import Resources, parse_time
 from launch.script import SRUN_OPTIONS, Job, body, header, interpreter, render, sbatch_options
 
 Via = Literal["submitit", "sbatch"]
+LEASE_MARGIN_S = 10  # for clocks that differ a little
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def submit_run(
     Raises: InputError for what cannot be submitted; RunDirectoryError while a job of this run is still there.
     """
     profile = load_profile(submission.profile)
+    wait_s = _lease_wait_s(run_dir)
+    begin = (f"--begin=now+{wait_s}",) if wait_s else ()
     job = Job(
         name=config.run.name,
         run_dir=str(run_dir),
@@ -95,7 +100,7 @@ def submit_run(
         resources=submission.resources(profile),
         profile=profile,
         new_attempt=new_attempt,
-        sbatch_args=submission.sbatch_args,
+        sbatch_args=(*begin, *submission.sbatch_args),
         srun_args=submission.srun_args,
     )
     folder = Path(job.config).parent
@@ -183,6 +188,16 @@ def _refuse_while_running(run_dir: Path) -> None:
             f"job {job} of {run_dir} is {state.lower()}: two jobs would use one noise. Wait for it, or stop it with "
             "dpscale stop; or choose another --run-dir"
         )
+
+
+def _lease_wait_s(run_dir: Path) -> int:
+    """How long a new job would be refused because the last one died without giving the directory back."""
+    try:
+        renewed_at = json.loads((run_dir / "lease").read_text())["renewed_at"]
+        left_s = EXPIRES_AFTER_S - (time.time() - float(renewed_at))
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return int(left_s) + LEASE_MARGIN_S if left_s > 0 else 0
 
 
 def _submitit_executor(job: Job, folder: Path, *, make: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -180,6 +181,16 @@ def test_resume_asks_for_the_same_again_but_for_what_is_given(login):
     assert not (login.run / "STOP").exists()
     (login.run / "finished").touch()
     assert "nothing to go on with" in login.dpscale("resume", str(login.run), code=2)
+
+
+def test_a_run_whose_last_job_died_waits_until_its_lease_has_expired(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    (login.run / "lease").write_text(json.dumps({"renewed_at": time.time() - 60}))
+    begin = re.search(r"--begin=now\+(\d+)", login.dpscale("submit", "config.toml", "--via", "sbatch", "--dry-run"))
+    assert begin is not None
+    assert 50 < int(begin[1]) <= 70
+    (login.run / "lease").write_text(json.dumps({"renewed_at": time.time() - 121}))
+    assert "--begin" not in login.dpscale("submit", "config.toml", "--via", "sbatch", "--dry-run")
 
 
 def test_logs_show_the_newest_incarnation_of_a_rank(login):
