@@ -1,4 +1,4 @@
-"""The verbs of the cluster: submit, status, logs, stop, resume. They import neither jax nor dp-accounting."""
+"""The verbs of the cluster: submit, status, logs, stop, resume, doctor. Only the last one imports jax."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOLLOW_POLL_S = 0.5
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (submit, status, logs, stop, resume):
+    for verb in (submit, status, logs, stop, resume, doctor):
         app.command()(verb)
 
 
@@ -182,6 +182,28 @@ def resume(
     job, script = submit_run(config, where, asked, new_attempt=new_attempt, dry_run=dry_run)
     for line in [script] if job is None else what_next(where, job):
         typer.echo(line)
+
+
+def doctor(
+    directory: Annotated[Path, typer.Option(help="where runs will live")] = Path("runs"),
+    nodes: Annotated[int | None, typer.Option(min=1, help="ask SLURM, and look from that many nodes")] = None,
+    gpus_per_node: Gpus = None,
+    tasks_per_node: Tasks = None,
+    profile: ProfileName = "generic",
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> int:
+    """Say whether this node, or a job on several, is fit to train: every finding with its remedy.
+
+    Example: dpscale doctor --nodes 2 --gpus-per-node 4 --profile mysite
+    """
+    where = _absolute(directory)
+    if nodes is None:
+        from launch.doctor import examine
+
+        return examine(where, typer.echo)
+    from launch.doctor_job import run_on_nodes
+
+    return run_on_nodes(where, nodes, gpus_per_node, tasks_per_node, profile)
 
 
 def _absolute(path: Path) -> Path:

@@ -181,16 +181,13 @@ def header(options: Mapping[str, str | None]) -> list[str]:
 def body(job: Job) -> list[str]:
     """Everything between the options and srun: data, the end's rules, the site's set-up. The setup of submitit."""
     profile = job.profile
-    variables = profile.variables() | {"DPSCALE_STOP_MARGIN_S": str(job.stop_margin_s)}
     lines = [
         f"dpscale_run={shlex.quote(job.run_dir)}",
         f"dpscale_max_crashes={profile.max_crashes} dpscale_max_fruitless={MAX_FRUITLESS}",
     ]
     if job.log_needs_redirect:
         lines.append('exec >>"$dpscale_run/attempts/job-$SLURM_JOB_ID.log" 2>&1')
-    lines += [HEAD.rstrip("\n"), f"cd -- {shlex.quote(job.working_directory)} || exit 2"]
-    lines += profile.setup
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    lines += [HEAD.rstrip("\n"), *body_of_tasks(job)]
     for source, destination in profile.stage.items():
         lines += [
             'srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 '
@@ -198,6 +195,13 @@ def body(job: Job) -> list[str]:
             ' || { echo "dpscale: staging failed"; exit 1; }'
         ]
     return lines
+
+
+def body_of_tasks(job: Job) -> list[str]:
+    """What the tasks need around them: the directory, the site's set-up, the variables."""
+    variables = job.profile.variables() | {"DPSCALE_STOP_MARGIN_S": str(job.stop_margin_s)}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    return [f"cd -- {shlex.quote(job.working_directory)} || exit 2", *job.profile.setup, *exports]
 
 
 def srun_lines(job: Job) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs a task with a fault in it: `with_fault.py FAULT.json PYTHON -m launch.runtime ...`, as a site's container would.
+"""Runs a task with a fault in it, as a site's container would: `with_fault.py FAULT.json PYTHON -m MODULE ...`.
 
 FAULT.json: pace_s, seconds that each step takes longer; faults, a list of {restart, rank, step, what}, where what is
 "raise", "hang" or "absent" (the process never joins the others).
@@ -28,7 +28,8 @@ def main() -> None:
     mine = [fault for fault in plan["faults"] if (fault["restart"], fault["rank"]) == here]
     if any(fault["what"] == "absent" for fault in mine):
         a_planted_hang()
-    sys.argv = sys.argv[4:]  # what follows PYTHON -m
+    module = sys.argv.index("-m") + 1
+    name, sys.argv = sys.argv[module], sys.argv[module:]
 
     import dpscale.stopping
 
@@ -40,7 +41,7 @@ def main() -> None:
             plant(mine, plan["pace_s"])
 
     dpscale.stopping.StopRequests.install = install
-    runpy.run_module("launch.runtime", run_name="__main__", alter_sys=True)
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def plant(faults, pace_s) -> None:
