@@ -6,11 +6,14 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dpscale.errors import InputError
+
+if TYPE_CHECKING:
+    from launch.submit import Submission
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
 Nodes = Annotated[int, typer.Option(min=1, help="nodes")]
@@ -45,6 +48,7 @@ def submit(
     new_attempt: Annotated[bool, typer.Option(help="go on although the program changed; charged on top")] = False,
     sbatch_arg: SbatchArgs = None,
     srun_arg: SrunArgs = None,
+    sweep: Annotated[list[str] | None, typer.Option(help="a job array: optimizer.learning_rate=0.1,0.3,1")] = None,
     dry_run: DryRun = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -55,8 +59,6 @@ def submit(
     from dpscale.config import load_config
     from launch.submit import Submission, submit_run, what_next
 
-    parsed = load_config(config, overrides or [])
-    where = _absolute(run_dir or Path("runs") / parsed.run.name)
     asked = Submission(
         nodes,
         time_limit,
@@ -68,9 +70,30 @@ def submit(
         tuple(sbatch_arg or ()),
         tuple(srun_arg or ()),
     )
+    if sweep:
+        base = None if run_dir is None else _absolute(run_dir)
+        _submit_sweep(config, overrides or [], base, asked, sweep, dry_run=dry_run)
+        return
+    parsed = load_config(config, overrides or [])
+    where = _absolute(run_dir or Path("runs") / parsed.run.name)
     job, script = submit_run(parsed, where, asked, new_attempt=new_attempt, dry_run=dry_run)
     for line in [script] if job is None else what_next(where, job):
         typer.echo(line)
+
+
+def _submit_sweep(
+    config: str, overrides: list[str], base: Path | None, asked: Submission, sweep: list[str], *, dry_run: bool
+) -> None:
+    from launch.sweep import submit_sweep
+
+    job, script, runs = submit_sweep(config, overrides, base, asked, sweep, dry_run=dry_run)
+    if job is None:
+        typer.echo(script)
+        return
+    typer.echo(f"job array {job}, {len(runs)} runs")
+    for index, where in enumerate(runs):
+        typer.echo(f"{job}_{index}  {where}")
+    typer.echo("choosing among them by private results is not covered by any one run's epsilon (docs/privacy.md)")
 
 
 def status(

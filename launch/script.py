@@ -94,7 +94,8 @@ class Job:
     """One job, complete: where it runs, what, and how.
 
     `run_dir`: absolute; `python`: the interpreter in the job; `working_directory`: relative paths of the config are
-    relative to it; `sbatch_args`, `srun_args`: after the profile's own.
+    relative to it; `sbatch_args`, `srun_args`: after the profile's own; `points`: (run directory, config) of each
+    element of a job array, which then replace `run_dir` and `config`.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Job:
     new_attempt: bool = False
     sbatch_args: tuple[str, ...] = field(default=())
     srun_args: tuple[str, ...] = field(default=())
+    points: tuple[tuple[str, str], ...] = ()
 
     @property
     def stop_margin_s(self) -> int:
@@ -122,7 +124,7 @@ class Job:
     @property
     def log_needs_redirect(self) -> bool:
         """Whether the log's path cannot be written into a comment line of sbatch."""
-        return PLAIN_PATH.fullmatch(self.run_dir) is None
+        return bool(self.points) or PLAIN_PATH.fullmatch(self.run_dir) is None
 
 
 def render(job: Job) -> str:
@@ -160,6 +162,8 @@ def sbatch_options(job: Job) -> dict[str, str | None]:
         "open-mode": "append",
         "output": "/dev/null" if job.log_needs_redirect else job.job_log,
     }
+    if job.points:
+        options["array"] = f"0-{len(job.points) - 1}"
     for argument in (*profile.sbatch_args, *job.sbatch_args):
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not re.fullmatch(r"[a-z][a-z-]*", name):
@@ -182,7 +186,7 @@ def body(job: Job) -> list[str]:
     """Everything between the options and srun: data, the end's rules, the site's set-up. The setup of submitit."""
     profile = job.profile
     lines = [
-        f"dpscale_run={shlex.quote(job.run_dir)}",
+        *_which_run(job),
         f"dpscale_max_crashes={profile.max_crashes} dpscale_max_fruitless={MAX_FRUITLESS}",
     ]
     if job.log_needs_redirect:
@@ -197,6 +201,14 @@ def body(job: Job) -> list[str]:
     return lines
 
 
+def _which_run(job: Job) -> list[str]:
+    if not job.points:
+        return [f"dpscale_run={shlex.quote(job.run_dir)}"]
+    runs, configs = (shlex.join(words) for words in zip(*job.points, strict=True))
+    chosen = "dpscale_run=${dpscale_runs[$SLURM_ARRAY_TASK_ID]} dpscale_config=${dpscale_configs[$SLURM_ARRAY_TASK_ID]}"
+    return [f"dpscale_runs=({runs})", f"dpscale_configs=({configs})", chosen]
+
+
 def body_of_tasks(job: Job) -> list[str]:
     """What the tasks need around them: the directory, the site's set-up, the variables."""
     variables = job.profile.variables() | {"DPSCALE_STOP_MARGIN_S": str(job.stop_margin_s)}
@@ -208,8 +220,10 @@ def srun_lines(job: Job) -> list[str]:
     """The tasks. Their exit code is the script's, which `dpscale_ended` reads."""
     command = ["srun", *SRUN_OPTIONS, *job.profile.srun_args, *job.srun_args, *interpreter(job)]
     arguments = ["-m", "launch.runtime", *(["--new-attempt"] if job.new_attempt else []), "--logs", "--run-dir"]
-    what = [job.run_dir, "--", job.config, *job.overrides]
-    return [shlex.join(command) + " \\", f"  {shlex.join(arguments)} {shlex.join(what)}"]
+    what = shlex.join([job.run_dir, "--", job.config, *job.overrides])
+    if job.points:
+        what = '"$dpscale_run" -- "$dpscale_config"'
+    return [shlex.join(command) + " \\", f"  {shlex.join(arguments)} {what}"]
 
 
 def interpreter(job: Job) -> list[str]:

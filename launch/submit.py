@@ -109,8 +109,8 @@ def submit_run(
     text = render(job) if submission.via == "sbatch" else _submitit_executor(job, folder, make=False)
     if dry_run:
         return None, text
-    _refuse_while_running(run_dir)
-    _make_directories(run_dir, folder, int(profile.run_directory_mode, 8))
+    refuse_while_running(run_dir)
+    make_directories(run_dir, folder, int(profile.run_directory_mode, 8))
     write_atomically(Path(job.config), to_toml(config))
     write_atomically(folder / "job.sbatch", text)
     (run_dir / "STOP").unlink(missing_ok=True)
@@ -133,17 +133,17 @@ def last_submission(run_dir: Path) -> Submission | None:
 
 def jobs_of(run_dir: Path) -> list[str]:
     """Ids of the jobs that this run is known to have had, the newest last; job arrays as ARRAY_INDEX."""
-    jobs = set()
+    jobs: set[str] = set()
     for entry in (run_dir / "attempts").glob("*"):
         job, dot, restart = entry.name.rpartition(".")
         if dot and restart.isdecimal() and job.isdecimal():
-            jobs.add(int(job))
+            jobs.add(job)
     for folder in _submissions(run_dir):
         file = folder / "submission.json"
         job = Submission.from_json(file.read_text()).job if file.exists() else None
-        if job and job.isdecimal():
-            jobs.add(int(job))
-    return [str(job) for job in sorted(jobs)]
+        if job:
+            jobs.add(job)
+    return sorted(jobs, key=lambda job: [int(part) for part in job.split("_")])
 
 
 def next_submission(run_dir: Path) -> str:
@@ -168,7 +168,11 @@ def _submissions(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[7:]))
 
 
-def _make_directories(run_dir: Path, folder: Path, mode: int) -> None:
+def make_directories(run_dir: Path, folder: Path, mode: int) -> None:
+    """The run's directory, with `mode` if it is new, and the submission's folder in it.
+
+    Raises: RunDirectoryError where they cannot be made.
+    """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not run_dir.exists():
@@ -182,7 +186,8 @@ def _make_directories(run_dir: Path, folder: Path, mode: int) -> None:
         ) from error
 
 
-def _refuse_while_running(run_dir: Path) -> None:
+def refuse_while_running(run_dir: Path) -> None:
+    """Raises: RunDirectoryError while a job of this run waits or runs."""
     for job, state in slurm_commands.live_jobs(jobs_of(run_dir)).items():
         raise RunDirectoryError(
             f"job {job} of {run_dir} is {state.lower()}: two jobs would use one noise. Wait for it, or stop it with "

@@ -193,6 +193,32 @@ def test_a_run_whose_last_job_died_waits_until_its_lease_has_expired(login):
     assert "--begin" not in login.dpscale("submit", "config.toml", "--via", "sbatch", "--dry-run")
 
 
+def test_a_sweep_is_one_job_array_with_a_run_directory_for_each_point(login):
+    sweep = ("--sweep", "optimizer.learning_rate=0.1,0.3", "--sweep", "model.name=mlp,cnn")
+    printed = login.dpscale("submit", "config.toml", *sweep, "--nodes", "2")
+    assert printed.startswith("job array 41, 4 runs")
+    runs = sorted(path.name for path in login.run.iterdir())
+    assert runs == [f"learning_rate={rate},name={name}" for rate in ("0.1", "0.3") for name in ("cnn", "mlp")]
+    point = login.run / "learning_rate=0.3,name=mlp" / "attempts" / "submit-1"
+    config = (point / "config.toml").read_text()
+    assert "learning_rate = 0.3" in config
+    assert 'name = "mlp"' in config
+    script = (login.directory / "script").read_text()
+    assert "#SBATCH --array=0-3\n" in script
+    lines = script.partition("dpscale_max_crashes")[0] + '\nprintf "%s\\n" "$dpscale_run" "$dpscale_config"'
+    shown = subprocess.run(["bash", "-c", lines], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True)
+    assert shown.stdout.splitlines() == [str(point.parent.parent), str(point / "config.toml")]
+    assert json.loads((point / "submission.json").read_text())["job"] == "41_2"
+    login.job_is("RUNNING")
+    assert "running" in login.dpscale("status", str(point.parent.parent))
+
+
+@pytest.mark.parametrize("sweep", ["optimizer.learning_rate", "x=1,2", "optimizer.learning_rate=0.1,-1", "a.b=1,1"])
+def test_a_wrong_sweep_submits_nothing(login, sweep):
+    login.dpscale("submit", "config.toml", "--sweep", sweep, code=2)
+    assert not (login.directory / "script").exists()
+
+
 def test_logs_show_the_newest_incarnation_of_a_rank(login):
     login.dpscale("submit", "config.toml", "--via", "sbatch")
     assert "no log" in login.dpscale("logs", str(login.run), code=2)
