@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from slurm_runs import Cluster
+from slurm_runs import Cluster, ends, parameters
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REQUIRED = os.environ.get("DPSCALE_REQUIRE_SLURM") == "1"
@@ -39,15 +40,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(900))
 
 
-def pytest_terminal_summary(terminalreporter):
-    skipped = [
-        report for report in terminalreporter.stats.get("skipped", []) if "/slurm/" in report.nodeid.replace("\\", "/")
-    ]
-    if skipped:
-        terminalreporter.section("SLURM was NOT tested", sep="!", red=True, bold=True)
-        terminalreporter.line(f"{len(skipped)} tests were skipped. To run them: {local_cluster.INSTALL}")
-
-
 @pytest.fixture(scope="session")
 def session_cluster() -> Iterator[dict[str, str]]:
     missing = local_cluster.missing_programs()
@@ -72,3 +64,20 @@ def cluster(session_cluster, tmp_path) -> Iterator[Cluster]:
         running = Cluster(session_cluster, tmp_path, sys.executable)
         yield running
         running.cancel_all()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(session_cluster, tmp_path_factory):
+    """Parameters of the run that nobody disturbs, submitted with sbatch on two nodes; made once."""
+    made: dict[str, np.ndarray] = {}
+
+    def get(cluster: Cluster) -> np.ndarray:
+        if "parameters" not in made:
+            run = tmp_path_factory.mktemp("undisturbed") / "run"
+            job = cluster.submit(run, "--nodes", "2", "--via", "sbatch")
+            cluster.wait_for_end(job, run)
+            assert [end["code"] for end in ends(run, job)] == [0], cluster.everything(run)
+            made["parameters"] = parameters(run)
+        return made["parameters"]
+
+    return get

@@ -8,31 +8,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
-from slurm_runs import ROOT, STEPS, Cluster, durable_step, ends, parameters
+from slurm_runs import ROOT, STEPS, durable_step, ends, parameters
 
 TWO_TASKS = ("--nodes", "1", "--tasks-per-node", "2")
 TWO_NODES = ("--nodes", "2")
 # Two processes instead of one add the same clipped gradients in another order: float32 rounding, at most about
 # 2^-24 x 100 examples of a sum of norm <= 1 in each of 120 steps with learning rate 0.5 / 100.
 ANOTHER_PROCESS_COUNT = {"rtol": 0, "atol": 120 * 0.5 * 2**-24 * 100}
-
-
-@pytest.fixture(scope="session")
-def undisturbed(session_cluster, tmp_path_factory):
-    """Parameters of the run that nobody disturbs, submitted with sbatch on two nodes; made once."""
-    made: dict[str, np.ndarray] = {}
-
-    def get(cluster: Cluster) -> np.ndarray:
-        if "parameters" not in made:
-            run = tmp_path_factory.mktemp("undisturbed") / "run"
-            job = cluster.submit(run, *TWO_NODES, "--via", "sbatch")
-            cluster.wait_for_end(job, run)
-            assert [end["code"] for end in ends(run, job)] == [0], cluster.everything(run)
-            made["parameters"] = parameters(run)
-        return made["parameters"]
-
-    return get
 
 
 def test_submitit_sbatch_and_by_hand_give_the_same_parameters(cluster, undisturbed, tmp_path):
