@@ -16,7 +16,7 @@ from dpscale.clipping.example import sum_dtype
 from dpscale.clipping.jaxpr import Constant, Equation, Name, Operand, Program, Scan, subprogram
 
 BILINEAR = ("dot_general", "conv_general_dilated", "scatter-add")
-SHAPE_ONLY = ("transpose", "reshape", "convert_element_type", "squeeze", "expand_dims", "copy", "pvary", "neg")
+SHAPE_ONLY = ("transpose", "reshape", "convert_element_type", "squeeze", "expand_dims", "copy", "pvary")
 SUMS = ("add_any", "add")
 
 
@@ -109,17 +109,17 @@ class _Walk:
             parts = [self.back(program, x, frames, carry) for x in equation.inputs]
             return None if any(part is None for part in parts) else [x for part in parts for x in part or ()]
         if equation.operation in SHAPE_ONLY or constant_factor(equation) is not None:
-            return self._through(program, equation, frames, carry)
+            return self._through(program, equation, frames)
         if equation.operation in BILINEAR:
-            return [Product(equation, frames)]
+            return [Product(equation, frames)] if _has_rule(equation, frames) else None
         if equation.body is not None:
-            return self._into(program, equation, at, frames, carry)
+            return self._into(program, equation, at, frames)
         return None
 
-    def _through(self, program, equation, frames, carry) -> list[Product] | None:
+    def _through(self, program, equation, frames) -> list[Product] | None:
         factor = constant_factor(equation)
         source = next(x for x in equation.inputs if isinstance(x, Name))
-        products = None if source is carry else self.back(program, source, frames, carry)
+        products = self.back(program, source, frames, None)  # a carry that is changed is not summed
         if products is None:
             return None
         if equation.operation == "convert_element_type":  # the sum stays in float32
@@ -129,7 +129,7 @@ class _Walk:
         depth = sum(not frame.summed for frame in frames)
         return [replace(x, chain=(*x.chain, (equation, depth))) for x in products]
 
-    def _into(self, program, equation, at, frames, carry) -> list[Product] | None:
+    def _into(self, program, equation, at, frames) -> list[Product] | None:
         scan = Scan.of(equation)
         j = next(j for j, x in enumerate(equation.outputs) if x is at)
         summed = j < scan.carry
@@ -139,8 +139,15 @@ class _Walk:
             return products
         if not _sums_into(scan, j):
             return None
-        before = self.back(program, equation.inputs[scan.consts + j], frames, carry)
+        before = self.back(program, equation.inputs[scan.consts + j], frames, None)
         return None if before is None else before + products
+
+
+def _has_rule(equation: Equation, frames: tuple[Frame, ...] = ()) -> bool:
+    """Whether a bilinear equation is real and makes at least one product."""
+    arrays = [*equation.inputs, *equation.outputs]
+    real = not np.issubdtype(np.dtype(equation.outputs[0].dtype), np.complexfloating)
+    return real and all(prod(x.shape) for x in arrays) and all(frame.length for frame in frames)
 
 
 def _sums_into(scan: Scan, j: int) -> bool:
@@ -168,13 +175,17 @@ def is_zeros(x: Operand, producers: dict[Name, Equation]) -> bool:
 
 
 def constant_factor(equation: Equation) -> float | None:
-    """c where the equation multiplies or divides one value by a scalar that is known while tracing."""
+    """c where the equation multiplies or divides one value by a real scalar that is known while tracing."""
+    if equation.operation == "neg":
+        return -1.0
     if equation.operation not in ("mul", "div"):
         return None
     for value, other in ((0, 1), (1, 0)):
         x, c = equation.inputs[value], equation.inputs[other]
         known = c.literal if isinstance(c, Constant) else None
-        if isinstance(x, Constant) or known is None or known.ndim or (equation.operation == "div" and value == 1):
+        if isinstance(x, Constant) or known is None or known.ndim or np.iscomplexobj(known):
+            continue
+        if equation.operation == "div" and value == 1:
             continue
         factor = float(known)
         return factor if equation.operation == "mul" else 1 / factor if factor else None
@@ -189,7 +200,7 @@ def _first(result: Any) -> Any:
     return result[0] if isinstance(result, (tuple, list)) else result
 
 
-LINEAR = (*SHAPE_ONLY, *SUMS, "sub", "mul", "div", "reduce_sum", "broadcast_in_dim", "select_n")
+LINEAR = (*SHAPE_ONLY, *SUMS, "neg", "sub", "mul", "div", "reduce_sum", "broadcast_in_dim", "select_n")
 
 
 def _linear_cut(program: Program, gradient: Name, moving: set[Name], leaves: Sequence[Name]) -> Cut | None:
@@ -203,11 +214,11 @@ def _linear_cut(program: Program, gradient: Name, moving: set[Name], leaves: Seq
     producers, found, todo, seen = program.producers(), [], [gradient], {gradient}
     while todo:
         equation = producers.get(todo.pop())
-        if equation is None:
+        if equation is None or np.dtype(equation.outputs[0].dtype).itemsize < 4:  # `tail` takes whole sums
             return None
         sources = [x for x in equation.inputs if isinstance(x, Name) and x in moving]
         same_size = prod(equation.outputs[0].shape) == prod(gradient.shape)
-        if equation.operation in BILINEAR[:2] and len(sources) == 2 and same_size:
+        if equation.operation in BILINEAR[:2] and len(sources) == 2 and same_size and _has_rule(equation):
             found.append(equation)
         elif equation.operation not in LINEAR or not _linear_in(equation, sources, producers):
             return None

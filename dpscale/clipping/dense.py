@@ -128,8 +128,9 @@ def leaf_layout(product: Product) -> list[Axis] | None:
     """
     equation = product.equation
     if equation.operation == "scatter-add":
-        axes = [("a", 0, equation.outputs[0].shape[0])]
-        axes += [("g", i, n) for i, n in enumerate(equation.outputs[0].shape[1:])]
+        shape, rows = equation.outputs[0].shape, equation.params["dimension_numbers"].inserted_window_dims[0]
+        axes = [("g", i, n) for i, n in enumerate(n for j, n in enumerate(shape) if j != rows)]
+        axes.insert(rows, ("a", 0, shape[rows]))
     elif equation.operation == "dot_general":
         axes = _dot_axes(product)
     else:

@@ -9,6 +9,7 @@
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -100,6 +101,9 @@ TOUCH_MACS = {"cpu": 8, "gpu": 40}
 """Multiply-adds in the time that one float32 takes to and from memory. CPU: measured, two cores, 20 to 28 for one
 written and two read. GPU: 33 TMAC/s of float32 against 0.8 Tfloat/s (H100's data sheet)."""
 
+SLICES = 8
+"""Ghost mode takes the norms of at most this many slices of the batch, one after the other."""
+
 HELD_SHARE = 2.3
 """Book-keeping may hold written-out gradients of this many times the size of the layers' operands."""
 
@@ -181,6 +185,22 @@ def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax
         return Squares(square, square), each
     spread = sum(jnp.sqrt(over_parts(jnp.square(r.spreads(*p)))) for r, p in zip(layer.rules, pairs, strict=True))
     return Squares(square, jnp.square(jnp.sqrt(square) + 2 * error * spread)), each
+
+
+def measure_in_slices(layer: Layer, pairs: list[Pair]) -> Squares:
+    """The squares of `measure`, for a sum that is taken elsewhere: a slice of the batch at a time bounds the memory."""
+    axes = [len(rule.product.frames) for rule in layer.rules]
+    rows = pairs[0][0].shape[axes[0]]
+    slices = math.gcd(rows, SLICES)
+    if slices == 1 or layer.route == "outer":
+        return measure(layer, pairs, True)[0]
+
+    def one(start):
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, rows // slices, axis)  # noqa: E731
+        part = [(cut(a, axis), cut(g, axis)) for (a, g), axis in zip(pairs, axes, strict=True)]
+        return measure(layer, part, True)[0]
+
+    return jax.tree.map(jnp.ravel, jax.lax.map(one, jnp.arange(0, rows, rows // slices)))
 
 
 def batch_axis(layer: Layer) -> int:

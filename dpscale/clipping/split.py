@@ -22,7 +22,15 @@ from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
 from dpscale.clipping.jaxpr import Constant, Operand, Program, expose, moving_names, run, trace, walk
-from dpscale.clipping.layers import Layer, choose_routes, layer_for, measure, sum_factors, sum_written_out
+from dpscale.clipping.layers import (
+    Layer,
+    choose_routes,
+    layer_for,
+    measure,
+    measure_in_slices,
+    sum_factors,
+    sum_written_out,
+)
 from dpscale.clipping.norms import Squares, square_sum
 
 KEPT_SIZE = 16384
@@ -136,7 +144,7 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
     each: list[jax.Array | None] = []
     for layer, value in zip(parts.layers, rows.values, strict=True):
         if layer.rules:
-            square, written = measure(layer, value, refold)
+            square, written = (measure_in_slices(layer, value), None) if refold else measure(layer, value, False)
         else:
             written = value.astype(sum_dtype(value.dtype))
             square = Squares(*[square_sum(written, written.ndim - 1)] * 2)
