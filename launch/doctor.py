@@ -5,6 +5,7 @@ Runs alone, or as the tasks of an srun (`python -m launch.doctor`); jax is impor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -115,7 +116,8 @@ def check_file_system(directory: Path) -> list[Finding]:
     except OSError as error:
         return [Finding("fail", f"{directory} cannot be written ({error.strerror})", "choose another with --directory")]
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
     findings = [] if whole else [Finding("fail", f"{directory}: a renamed file shows old content", "choose another")]
     slowest, mode, skew_s = max(times), state.st_mode & 0o777, abs(state.st_mtime - time.time())
     what = f"{directory}: write, sync and rename in {1000 * slowest:.1f} ms"
