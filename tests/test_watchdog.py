@@ -56,10 +56,19 @@ def test_slow_steps_raise_the_limit(monkeypatch):
         dog.step()
         now[0] += 40.0
     assert dog.limit_s == 20 * 40.0
+
+
+def test_an_evaluation_is_not_a_slow_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dpscale.watchdog.time.monotonic", lambda: now[0])
+    dog = Watchdog(300.0, 3600.0, None)
+    dog.step()
+    now[0] += 40.0
+    dog.step()
     with dog.grace():
         now[0] += 5000.0
     dog.step()
-    assert dog.limit_s == 20 * 40.0  # an evaluation is not a slow step
+    assert dog.limit_s == 20 * 40.0
 
 
 def test_off_never_fires():

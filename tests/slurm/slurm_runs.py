@@ -14,6 +14,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 120
+CLEAR_UP_S = 4.0
 CONFIG = f"""
 [run]
 name = "scenario"
@@ -53,6 +54,7 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.environment = kept | environment | {"JAX_PLATFORMS": "cpu"}
         self.directory, self.python = directory, python
+        self.waiting_since: dict[str, float] = {}
         self.config = directory / "config.toml"
         self.config.write_text(CONFIG)
 
@@ -123,8 +125,13 @@ class Cluster:
         self.wait(f"restart {restart} of job {job}", back, run_dir)
 
     def start_at_once(self, job: str, facts: dict[str, str]) -> None:
-        """Spare a requeued job SLURM's two minutes; once, for every update makes the scheduler look later again."""
-        if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+        """Spare a requeued job most of SLURM's two minutes.
+
+        Not all of it: a job that starts again while its node still clears up the last incarnation fails at once.
+        """
+        if facts["JobState"] != "PENDING" or facts["Reason"] != "BeginTime":
+            self.waiting_since.pop(job, None)
+        elif time.monotonic() - self.waiting_since.setdefault(job, time.monotonic()) > CLEAR_UP_S:
             self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def pid_of_rank(self, job: str, rank: int) -> int:
