@@ -12,7 +12,7 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,17 +21,18 @@ import jax.numpy as jnp
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
-from dpscale.clipping.jaxpr import Constant, Operand, Program, expose, moving_names, run, trace, walk
+from dpscale.clipping.jaxpr import Constant, Equation, Name, Operand, Program, expose, moving_names, run, trace, walk
 from dpscale.clipping.layers import (
     Layer,
     choose_routes,
     layer_for,
     measure,
     measure_in_slices,
+    rule_for,
     sum_factors,
     sum_written_out,
 )
-from dpscale.clipping.norms import Squares, square_sum
+from dpscale.clipping.norms import Squares, over_parts, square_sum
 
 KEPT_SIZE = 16384
 """Ghost mode keeps the per-example gradients of materialised leaves up to this size; they are exact as they are."""
@@ -39,13 +40,17 @@ KEPT_SIZE = 16384
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used."""
+    """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used.
+
+    `inside[j]` names the squared norms (estimate, upper bound) that the body of layer j's scan computes by itself.
+    """
 
     program: Program
     method: str
     layers: list[Layer]
     num_aux: int
     aux_tree: Any
+    inside: dict[int, tuple[Name, Name]] = field(default_factory=dict)
 
 
 def split_backward(problem: Problem, method: str) -> Split:
@@ -77,12 +82,38 @@ def split_backward(problem: Problem, method: str) -> Split:
         layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
     method = method if method != "auto" else "ghost" if program.checkpointed else "bookkeeping"
     layers = choose_routes(layers, refold=method == "ghost")
-    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux))
+    inside = {j: names for j, x in enumerate(layers) if method == "ghost" and (names := _norms_inside_scan(x))}
+    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside)
+
+
+def _norms_inside_scan(layer: Layer) -> tuple[Name, Name] | None:
+    """For a stack of layers in ghost mode: adds the norm of one layer to the scan's body.
+
+    The operands of all layers would otherwise be stacked, which a scan with jax.checkpoint is there to avoid.
+    """
+    if len(layer.rules) != 1 or layer.tail is not None:
+        return None
+    product = layer.rules[0].product
+    if not product.frames or any(frame.summed for frame in product.frames):
+        return None
+    rule = rule_for(replace(product, frames=()), product.frames[-1].scan.body)
+    if rule is None:
+        return None
+    one = replace(layer, rules=(rule,), shape=layer.shape[len(product.frames) :])
+    dtype = sum_dtype(product.equation.outputs[0].dtype)
+    names = Name((), dtype), Name((), dtype)
+
+    def apply(a, g):
+        return [x[0] for x in measure(one, [product.scaled(a[None], g[None])], True)[0]]
+
+    equation = Equation("squared norms", list(rule.operands), list(names), {}, apply)
+    product.frames[-1].scan.body.equations.append(equation)
+    return names
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """The shortened program's values over the batch: for each layer its operands, or its gradients [B, ...]."""
+    """The shortened program's values over the batch: for each layer its operands, gradients [B, ...] or squares."""
 
     losses: jax.Array
     aux: Any
@@ -94,8 +125,10 @@ def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
     program, count = parts.program, len(problem.leaves)
     heads = list(program.outputs[: 1 + parts.num_aux])
     asked: list[tuple[Operand, tuple[Frame, ...]]] = [(x, ()) for x in heads]
-    for layer, gradient in zip(parts.layers, program.outputs[-count:], strict=True):
-        if layer.rules:
+    for j, (layer, gradient) in enumerate(zip(parts.layers, program.outputs[-count:], strict=True)):
+        if j in parts.inside:
+            asked += [(x, layer.rules[0].product.frames) for x in parts.inside[j]]
+        elif layer.rules:
             asked += [(x, rule.product.frames) for rule in layer.rules for x in rule.operands]
         else:
             asked.append((gradient, ()))
@@ -106,7 +139,10 @@ def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
     results = [_stacked(x, *at) for x, at in zip(results, asked, strict=True)]
     values: list[Any] = []
     rest = iter(results[len(heads) :])
-    for layer in parts.layers:
+    for j, layer in enumerate(parts.layers):
+        if j in parts.inside:
+            values.append(Squares(over_parts(next(rest)), over_parts(next(rest))))
+            continue
         pairs = [rule.product.scaled(next(rest), next(rest)) for rule in layer.rules]
         values.append(pairs if layer.rules else next(rest))
     return Evaluated(results[0], parts.aux_tree.unflatten(results[1 : len(heads)]), values)
@@ -143,7 +179,9 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
     squares: list[Squares] = []
     each: list[jax.Array | None] = []
     for layer, value in zip(parts.layers, rows.values, strict=True):
-        if layer.rules:
+        if isinstance(value, Squares):
+            square, written = value, None
+        elif layer.rules:
             square, written = (measure_in_slices(layer, value), None) if refold else measure(layer, value, False)
         else:
             written = value.astype(sum_dtype(value.dtype))
@@ -187,7 +225,7 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
         if not layer.rules and layer.size <= KEPT_SIZE:
             assert written is not None
             sums[j] = sum_written_out(layer, written, found.factors[j], found.good)
-    _sum_low_precision(problem, parts, rows, found, sums)
+    _sum_low_precision(problem, parts, found, sums)
     again = replace_rows(found.good, problem.rows)
     for group in sorted({problem.groups[j] for j, done in enumerate(sums) if done is None}):
         places = [j for j, done in enumerate(sums) if done is None and problem.groups[j] == group]
@@ -198,21 +236,18 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     return _result(problem, rows, found, sums)
 
 
-def _sum_low_precision(problem: Problem, parts: Split, rows: Evaluated, found: Measured, sums: list[Any]) -> None:
-    """Fills in the sums of layers with less than float32 operands, from operands made again behind a barrier.
+def _sum_low_precision(problem: Problem, parts: Split, found: Measured, sums: list[Any]) -> None:
+    """Fills in the sums of a loss that rounds to less than float32, from operands made again behind a barrier.
 
-    An ordinary backward pass would round their sum over the batch to the operands' own precision.
+    An ordinary backward pass would round their sum over the batch to the operands' own precision, and a factor that
+    went through a cotangent of low precision would let a contribution exceed its bound.
     """
-    low = []
-    for j, (layer, value) in enumerate(zip(parts.layers, rows.values, strict=True)):
-        arrays = [x for pair in value for x in pair] if layer.rules else [value]
-        floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
-        if sums[j] is None and any(x.dtype.itemsize < 4 for x in floats):
-            low.append(j)
-    if not low:
+    low = [j for j, done in enumerate(sums) if done is None]
+    kinds = {x.dtype for equation in walk(parts.program) for x in equation.outputs}
+    if not low or not any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds):
         return
     fenced, _ = jax.lax.optimization_barrier((problem.rows, found.factors))
-    again = evaluate_rows(parts, replace(problem, rows=fenced)).values
+    again = evaluate_rows(replace(parts, inside={}), replace(problem, rows=fenced)).values
     for j in low:
         layer, value, factor = parts.layers[j], again[j], found.factors[j]
         take = sum_factors if layer.rules else sum_written_out
