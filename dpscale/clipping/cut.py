@@ -89,14 +89,22 @@ def cut(program: Program, gradient: Operand, moving: set[Name], leaves: Sequence
     return _linear_cut(program, gradient, moving, leaves)
 
 
+MAX_STEPS = 256
+"""A walk that takes more steps is given up: a weight used hundreds of times in an unrolled loop."""
+
+
 @dataclass
 class _Walk:
     moving: set[Name]
+    steps: int = 0
 
     def back(
         self, program: Program, at: Operand, frames: tuple[Frame, ...], carry: Name | None
     ) -> list[Product] | None:
         """The products whose sum `at` is, or None. `carry` counts as nothing: the part summed by earlier rounds."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            return None
         if at is carry:
             return []
         producers = program.producers()

@@ -169,7 +169,8 @@ def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax
     what is written out; then the norm must cover the rounding of that sum too.
     """
     rule, pair = layer.rules[0], pairs[0]
-    low = min((x.dtype for x in pair if jnp.issubdtype(x.dtype, jnp.floating)), key=lambda t: t.itemsize)
+    floats = [x.dtype for both in pairs for x in both if jnp.issubdtype(x.dtype, jnp.floating)]
+    low = min(floats, key=lambda dtype: dtype.itemsize)
     error = delta(sum(rule.sizes.positions for rule in layer.rules), low, uses_tf32())
     if layer.route == "ghost":
         tables = rule.tables(*pair) if len(pairs) == 1 else _shared_tables(layer.rules, pairs)

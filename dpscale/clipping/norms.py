@@ -93,7 +93,7 @@ def widened(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     """The operands of a product and the type of its sums. XLA's CPU backend has no bfloat16 product with float32
     sums, so there the operands are widened, which changes no bit of the result."""
     dtype = sum_dtype(jnp.result_type(x, y))
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" or x.dtype != y.dtype:
         return x.astype(dtype), y.astype(dtype), dtype
     return x, y, dtype
 
