@@ -222,7 +222,9 @@ def _linear_cut(program: Program, gradient: Name, moving: set[Name], leaves: Seq
     producers, found, todo, seen = program.producers(), [], [gradient], {gradient}
     while todo:
         equation = producers.get(todo.pop())
-        if equation is None or np.dtype(equation.outputs[0].dtype).itemsize < 4:  # `tail` takes whole sums
+        if equation is None or len(seen) > MAX_STEPS:
+            return None
+        if np.dtype(equation.outputs[0].dtype).itemsize < 4:  # `tail` would round whole sums
             return None
         sources = [x for x in equation.inputs if isinstance(x, Name) and x in moving]
         same_size = prod(equation.outputs[0].shape) == prod(gradient.shape)
