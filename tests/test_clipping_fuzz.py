@@ -15,6 +15,8 @@ import pytest
 
 from dpscale.clipping import ROUNDING_SLACK, Method, clipped_grad, split
 
+pytestmark = pytest.mark.slow  # each program is compiled three times
+
 T, D, ROWS, MASKED = 3, 6, 4, 2
 CLIP_NORM = 0.3
 Array = jax.Array
@@ -404,6 +406,16 @@ def test_one_example_alone_stays_within_its_bound(name, method):
     for row in x:
         total = clipped(w, row[None], jnp.ones(1, bool)).grad_sum
         assert np.linalg.norm(np.asarray(total, np.float64)) <= 0.1 * (1 + ROUNDING_SLACK)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_a_large_leaf_without_a_rule_stays_within_its_bound_where_its_gradient_cancels(method):
+    """The gradient is what rounding leaves of a sum of numbers near 1e3: a second pass rounds it otherwise."""
+    x, g = np.random.default_rng(0).standard_normal((2, 1, 64, 20000))
+    x, g = np.float32(x), np.float32(1e3 * (g - g.mean(1, keepdims=True)))
+    clipped = jax.jit(clipped_grad(lambda b, e: jnp.sum((e[0] + b) * e[1]), 1e-3, method))
+    alone = clipped(np.zeros(20000, np.float32), (x, g), jnp.ones(1, bool)).grad_sum
+    assert np.linalg.norm(np.asarray(alone, np.float64)) <= 1e-3 * (1 + ROUNDING_SLACK)
 
 
 @pytest.mark.slow

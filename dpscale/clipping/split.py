@@ -34,9 +34,6 @@ from dpscale.clipping.layers import (
 )
 from dpscale.clipping.norms import Squares, over_parts, square_sum
 
-KEPT_SIZE = 16384
-"""Ghost mode keeps the per-example gradients of materialised leaves up to this size; they are exact as they are."""
-
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -222,7 +219,7 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     found = measure_rows(parts, problem, rows, refold=True)
     sums: list[Any] = [None] * len(parts.layers)
     for j, (layer, written) in enumerate(zip(parts.layers, found.each, strict=True)):
-        if not layer.rules and layer.size <= KEPT_SIZE:
+        if not layer.rules:  # nothing bounds how much a second pass would round where such a gradient cancels
             assert written is not None
             sums[j] = sum_written_out(layer, written, found.factors[j], found.good)
     _sum_low_precision(problem, parts, found, sums)
