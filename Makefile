@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
+CLUSTER ?= /tmp/dpscale-cluster
 
-.PHONY: quickstart test test-fast check format clean help
+.PHONY: quickstart test test-fast check format bench bench-peers local-cluster stop-cluster soak clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +21,7 @@ quickstart: $(STAMP)  ## train a private CNN on 4,500 real MNIST digits (epsilon
 	$(BIN)/dpscale train configs/quickstart.toml
 
 test: $(STAMP)  ## every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(STAMP)  ## the tests to run before each commit
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
@@ -34,5 +36,25 @@ format: $(STAMP)  ## let the formatter rewrite the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+bench: $(STAMP)  ## the measurements that README and docs quote (on an otherwise idle machine)
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/clipping.py
+
+bench-peers:  ## Opacus on the same architectures, in an environment of its own
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 opacus
+	$(PEERS)/bin/python benchmarks/peers/clipping_opacus.py
+
+local-cluster: $(STAMP)  ## a throw-away SLURM on this machine (apt-get install slurm-wlm munge)
+	$(BIN)/python slurm/local-cluster/cluster.py start $(CLUSTER)
+
+stop-cluster:  ## end it again
+	$(BIN)/python slurm/local-cluster/cluster.py stop $(CLUSTER)
+
+soak: $(STAMP)  ## 20 kills of random processes at random moments, on that SLURM
+	DPSCALE_SOAK_KILLS=20 DPSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm/test_soak.py
+
+clean:  ## remove the environments and caches; runs/ stays
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build *.egg-info

@@ -1,9 +1,15 @@
 """Eight virtual CPU devices, fixed before jax starts its backend, so that multi-device laws run everywhere."""
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Most of the suite's time is compilation. Workers, the processes that tests start, and the next run share what was
+# compiled; the key of an entry holds the program, the flags and the versions.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 LEAST_SLURM_TESTS = 5  # where DPSCALE_REQUIRE_SLURM=1 says that they must run
 

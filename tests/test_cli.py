@@ -84,6 +84,7 @@ def test_plan_shows_the_run_before_it_runs_and_leaves_nothing_behind(config, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["small.toml"]
 
 
+@pytest.mark.slow
 def test_the_calculator_inverts_itself():
     setting = ["--batch-size", "100", "--examples", "1600", "--steps", "50", "--delta", "1e-5"]
     noise = dpscale("privacy", "noise", "--epsilon", "2", *setting)

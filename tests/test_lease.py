@@ -16,6 +16,7 @@ from dpscale.errors import RunDirectoryError
 from dpscale.lease import EXPIRES_AFTER_S, Holder, Lease
 
 ME = Holder.this_process()
+COLLECTED_AT = time.time()
 
 
 def write(path, holder: Holder) -> None:
@@ -129,7 +130,8 @@ def test_without_locks_the_last_writer_wins_after_a_pause(tmp_path, monkeypatch)
     ],
 )
 def test_who_yields_to_whom(tmp_path, holder, yields):
-    write(tmp_path / "lease", holder)
+    # The holders above were made when the tests were collected, which may be minutes ago.
+    write(tmp_path / "lease", dataclasses.replace(holder, renewed_at=holder.renewed_at + time.time() - COLLECTED_AT))
     mine = Lease(tmp_path / "lease")
     if not yields:
         with pytest.raises(RunDirectoryError, match="in use by"):

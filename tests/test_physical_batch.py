@@ -38,6 +38,7 @@ def choose(setting, monkeypatch, memory: int, devices: int = 1) -> int:
     return physical_batch_size(*setting, num_devices=devices)
 
 
+@pytest.mark.slow
 def test_what_is_chosen_fits_the_memory_and_twice_as_much_would_not(setting, monkeypatch):
     needed = accumulate_bytes(*setting, 32)
     chosen = choose(setting, monkeypatch, int(needed / physical_batch.USABLE_FRACTION * 1.2))

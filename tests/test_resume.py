@@ -32,6 +32,8 @@ from dpscale.privacy.secret import RootSecret
 from dpscale.run_directory import RunDirectory
 from dpscale.stopping import StopRequests
 
+pytestmark = pytest.mark.slow  # whole runs, most of them in processes of their own
+
 GENERATOR = np.random.default_rng(5)
 FEATURES = GENERATOR.normal(size=(120, 6)).astype(np.float32)
 LABELS = (FEATURES[:, 0] > 0).astype(np.int32)

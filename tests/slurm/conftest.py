@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.xdist_group("slurm"))  # one worker, hence one cluster
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(900))
 
