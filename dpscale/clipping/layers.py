@@ -52,10 +52,6 @@ class Layer:
     tail: Program | None = None
     leaves: tuple[jax.Array, ...] = ()
 
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
 
 def rule_for(product: Product, program: Program) -> Rule | None:
     """The rule of a product's primitive, or None where it does not cover this form of it."""
