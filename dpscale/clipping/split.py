@@ -32,7 +32,7 @@ from dpscale.clipping.layers import (
     sum_factors,
     sum_written_out,
 )
-from dpscale.clipping.norms import Squares, over_parts, square_sum
+from dpscale.clipping.norms import Squares, over_parts, square_sum, uses_tf32
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,11 +237,13 @@ def _sum_low_precision(problem: Problem, parts: Split, found: Measured, sums: li
     """Fills in the sums of a loss that rounds to less than float32, from operands made again behind a barrier.
 
     An ordinary backward pass would round their sum over the batch to the operands' own precision, and a factor that
-    went through a cotangent of low precision would let a contribution exceed its bound.
+    went through a cotangent of low precision would let a contribution exceed its bound. Products that a GPU rounds to
+    TF32 count as low: set jax_default_matmul_precision to "float32" to have the second pass instead.
     """
     low = [j for j, done in enumerate(sums) if done is None]
     kinds = {x.dtype for equation in walk(parts.program) for x in equation.outputs}
-    if not low or not any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds):
+    narrow = any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
+    if not low or not (narrow or uses_tf32()):
         return
     fenced, _ = jax.lax.optimization_barrier((problem.rows, found.factors))
     again = evaluate_rows(replace(parts, inside={}), replace(problem, rows=fenced)).values
