@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 CLUSTER ?= /tmp/dpscale-cluster
 
-.PHONY: quickstart test test-fast check format bench bench-peers local-cluster stop-cluster soak clean help
+.PHONY: quickstart test test-fast check format bench bench-peers local-cluster stop-cluster soak fuzz clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ quickstart: $(STAMP)  ## train a private CNN on 4,500 real MNIST digits (epsilon
 	$(BIN)/dpscale train configs/quickstart.toml
 
 test: $(STAMP)  ## every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
 
 test-fast: $(STAMP)  ## the tests to run before each commit
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
@@ -55,6 +55,9 @@ stop-cluster:  ## end it again
 
 soak: $(STAMP)  ## 20 kills of random processes at random moments, on that SLURM
 	DPSCALE_SOAK_KILLS=20 DPSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm/test_soak.py
+
+fuzz: $(STAMP)  ## 60 random programs through the clipping engine instead of 8
+	DPSCALE_FUZZ_PROGRAMS=60 $(BIN)/python -m pytest -n 2 tests/test_clipping_fuzz.py
 
 clean:  ## remove the environments and caches; runs/ stays
 	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build *.egg-info
