@@ -32,6 +32,7 @@ def load_cluster_module():
 local_cluster = load_cluster_module()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
