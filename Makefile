@@ -21,7 +21,8 @@ quickstart: $(STAMP)  ## train a private CNN on 4,500 real MNIST digits (epsilon
 	$(BIN)/dpscale train configs/quickstart.toml
 
 test: $(STAMP)  ## every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=15
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slurm' --durations=15
+	$(BIN)/python -m pytest -m slurm
 
 test-fast: $(STAMP)  ## the tests to run before each commit
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'

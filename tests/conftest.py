@@ -25,7 +25,7 @@ def pytest_sessionfinish(session):
 
     passed = [report for report in on_slurm("passed") if report.when == "call"]
     option = session.config.option
-    selected = option.markexpr or option.keyword or session.config.args_source.name == "ARGS"
+    selected = option.markexpr not in ("", "slurm") or option.keyword or session.config.args_source.name == "ARGS"
     required = os.environ.get("DPSCALE_REQUIRE_SLURM") == "1" and not selected
     if required and len(passed) < LEAST_SLURM_TESTS:
         session.exitstatus = 1

@@ -32,12 +32,10 @@ def load_cluster_module():
 local_cluster = load_cluster_module()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slurm)
-            item.add_marker(pytest.mark.xdist_group("slurm"))  # one worker, hence one cluster
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(900))
 
