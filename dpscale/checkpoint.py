@@ -7,42 +7,26 @@ the ledger and for the public metrics, only when its manifest is on disk.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dpscale.durable import sync_directory, write_atomically
 from dpscale.errors import InputError, RunDirectoryError
+from dpscale.manifest import MANIFEST, Found, inspect, saved_steps, write_manifest
 from dpscale.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
 REMOVED = ".removed-"
 ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax has not renamed yet
-
-
-class Found(NamedTuple):
-    """A whole checkpoint. `facts`: its manifest's; {} where the process died before writing one."""
-
-    step: int
-    facts: dict[str, Any]
-
-    @property
-    def attempt(self) -> int | None:
-        """The attempt that saved it; None without a manifest."""
-        return self.facts.get("attempt")
 
 
 class Checkpoints:
@@ -127,7 +111,7 @@ class Checkpoints:
         for step in reversed(steps):
             path = self._directory / str(step)
             if (path / MANIFEST).exists() or step != steps[-1] or step <= committed:
-                fault, facts = _inspect(path)
+                fault, facts = inspect(path)
             else:
                 fault, facts = _unreadable(path), {}
             if fault is None:
@@ -145,13 +129,11 @@ class Checkpoints:
         """Write the manifest that a checkpoint lacks; does nothing where it has one. Process 0 only."""
         path = self._directory / str(found.step)
         if not (path / MANIFEST).exists():
-            _write_manifest(path, found.step, facts)
+            write_manifest(path, found.step, facts)
 
     def steps(self) -> list[int]:
         """Steps that have a directory, whole or not, in order."""
-        if not self._directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+        return saved_steps(self._directory)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Read `step` into the shapes, dtypes and shardings of `abstract`, on any number of processes and devices.
@@ -173,7 +155,7 @@ class Checkpoints:
         try:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
-                _write_manifest(path, step, facts)
+                write_manifest(path, step, facts)
                 self._durable = step
                 self._drop_old(step)
         except BaseException as error:
@@ -202,7 +184,7 @@ class Checkpoints:
         os.replace(path, bad / f"{path.name}-{number}")
 
     def _failed(self, step: int | None, error: BaseException) -> InputError:
-        good = [known for known in self.steps() if known != step and _inspect(self._directory / str(known))[0] is None]
+        good = [known for known in self.steps() if known != step and inspect(self._directory / str(known))[0] is None]
         last = f"the checkpoint of step {good[-1]} is whole" if good else "there is no earlier checkpoint"
         return InputError(
             f"the checkpoint of step {step} could not be written to {self._directory} ({error}); {last}. Free space or "
@@ -217,56 +199,6 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_manifest(path: Path, step: int, facts: dict[str, Any]) -> None:
-    """Put all of a checkpoint on disk (Orbax leaves that to the system), then the manifest that says so."""
-    files = {}
-    for file in _files(path):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-            size, digest = os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()
-        files[str(file.relative_to(path))] = [size, digest]
-    for directory in {file.parent for file in _files(path)}:
-        sync_directory(directory)
-    manifest = {"schema": SCHEMA, "step": step, "facts": facts, "files": files}
-    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-    sync_directory(path.parent)
-
-
-def _inspect(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """(what is wrong with a checkpoint, or None; the manifest's facts)."""
-    manifest_file = path / MANIFEST
-    if not manifest_file.exists():
-        return "it has no manifest", {}
-    try:
-        manifest = json.loads(manifest_file.read_text())
-        schema, step = manifest["schema"], manifest["step"]
-        expected, facts = dict(manifest["files"]), dict(manifest["facts"])
-    except (ValueError, KeyError, TypeError) as error:
-        return f"its manifest cannot be read: {error}", {}
-    if schema != SCHEMA:
-        raise RunDirectoryError(f"{manifest_file} has schema {schema}, this dpscale reads {SCHEMA}: use the newer one")
-    if str(step) != path.name:
-        return f"its manifest says step {step}", {}
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing", {}
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}", {}
-        if _file_digest(file) != digest:
-            return f"{name} has other content than was written", {}
-    return None, facts
 
 
 def _unreadable(path: Path) -> str | None:

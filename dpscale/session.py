@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dpscale.checkpoint import Checkpoints, Found
+from dpscale.checkpoint import Checkpoints
 from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
 from dpscale.errors import PrivacyError, RunDirectoryError
+from dpscale.manifest import Found
 from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
@@ -48,9 +49,7 @@ class Briefing:
     @property
     def last_step(self) -> int:
         """Where the run ends: the planned steps, less what earlier attempts used up of an allowed epsilon."""
-        if self.plan.epsilon_target is None:
-            return self.plan.steps
-        return min(self.plan.steps, self.attempt_start + max(0, self.plan.steps - self.charged_before))
+        return self.plan.last_step(self.attempt_start, self.charged_before)
 
     def to_json(self) -> dict[str, Any]:
         """For the broadcast to the other processes; it holds the secret and touches neither file nor log."""
@@ -287,12 +286,4 @@ def _refuse_what_does_not_fit(ledger: Ledger, found: Found | None, asked: bool) 
                 "start from step 0 with --new-attempt (charged on top), or choose another --run-dir"
             )
         return
-    if current is None:
-        raise PrivacyError(f"{ledger.path} is missing or empty although step {found.step} was saved: restore it")
-    head = found.facts.get("ledger_head")
-    beyond = found.attempt in (None, current.number) and found.step > current.end
-    if beyond or (head is not None and head not in ledger.heads):
-        raise PrivacyError(
-            f"the checkpoint of step {found.step} was saved after ledger lines that {ledger.path} does not hold: lines "
-            "were lost. Restore the ledger; epsilon cannot be computed without them"
-        )
+    ledger.check_saved(found.step, found.facts)

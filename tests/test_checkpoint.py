@@ -13,8 +13,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpscale import checkpoint as checkpoint_module
-from dpscale.checkpoint import MANIFEST, Checkpoints
+from dpscale import manifest as manifest_module
+from dpscale.checkpoint import Checkpoints
 from dpscale.errors import InputError, RunDirectoryError
+from dpscale.manifest import MANIFEST
 from dpscale.state import TrainState
 
 # Orbax leaves the coroutines of a read that failed to the garbage collector, which complains that their loop is gone.
@@ -185,13 +187,13 @@ def test_what_interrupted_saves_and_removals_leave_is_deleted(directory):
 def test_the_newest_are_kept_and_the_oldest_go_only_after_a_newer_one_is_durable(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=2)
     alive = []
-    real = checkpoint_module._write_manifest
+    real = checkpoint_module.write_manifest
 
     def watched(path, step, facts):
         alive.append(checkpoints.steps())
         real(path, step, facts)
 
-    monkeypatch.setattr(checkpoint_module, "_write_manifest", watched)
+    monkeypatch.setattr(checkpoint_module, "write_manifest", watched)
     for step in (1, 2, 3, 4):
         checkpoints.save(step, state(step), FACTS)
     assert checkpoints.wait() == 4
@@ -219,7 +221,7 @@ def test_all_of_a_checkpoint_is_on_disk_before_its_manifest(directory, monkeypat
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
-    checkpoint_module._write_manifest(directory / "9", 9, FACTS)
+    checkpoint_module.write_manifest(directory / "9", 9, FACTS)
     manifest = next(i for i, name in enumerate(synced) if MANIFEST in name)
     files = {str(f) for f in (directory / "9").rglob("*") if f.is_file() and f.name != MANIFEST}
     assert files <= set(synced[:manifest])
@@ -240,7 +242,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_good_and_says_so(directory, m
     if where == "Orbax":
         monkeypatch.setattr(checkpoints._checkpointer, "wait_until_finished", full)
     else:
-        monkeypatch.setattr(checkpoint_module, "write_atomically", full)
+        monkeypatch.setattr(manifest_module, "write_atomically", full)
     with pytest.raises(InputError, match=r"checkpoint of step 12 could not be written .*step 9 is whole"):
         save_and_wait(checkpoints, 12)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each layer may import from those before it, and from itself.
 LAYERS = [
-    ["dpscale.errors", "dpscale.durable"],
+    ["dpscale.errors", "dpscale.durable", "dpscale.manifest"],
     ["dpscale.config"],
     ["dpscale.privacy"],
     ["dpscale.sampling"],
@@ -42,6 +42,7 @@ WITHOUT_JAX = ["dpscale", "dpscale.config", "dpscale.privacy.plan", "dpscale.pri
 WITHOUT_JAX += [
     "dpscale.privacy.accounting",
     "dpscale.privacy.ledger",
+    "dpscale.manifest",
     "dpscale.batching",
     "dpscale.cli",
     "launch.local",

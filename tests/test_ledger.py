@@ -164,7 +164,7 @@ def test_a_second_generation_of_copies_draws_other_numbers():
     for name, drawn in (("B", [0, 2**62 + 9]), ("C", [0, 2**62 + 9, 2**62 + 1])):
         ledger = Ledger(Path("/nowhere"), SECRET)
         for number in drawn:
-            ledger._take("begin", {"attempt": number, "from": 0}, "")
+            ledger._take({"kind": "begin", "attempt": number, "from": 0}, "")
         numbers[name] = ledger.next_attempt()
     assert numbers["B"] != numbers["C"]
 

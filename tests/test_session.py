@@ -1,5 +1,6 @@
 """Laws of opening a run: a model of runs that are killed, damaged, copied and changed, against the real decisions."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -13,10 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpscale import session
-from dpscale.checkpoint import Found
 from dpscale.config import config_from_dict
 from dpscale.errors import DpscaleError, InputError, PrivacyError, RunDirectoryError
+from dpscale.manifest import Found
 from dpscale.privacy.ledger import Ledger
+from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.run_directory import RunDirectory
 
@@ -76,7 +78,8 @@ class World:
         if self.process is not None:
             return
         ledger = Ledger.load(self.path, SECRET)
-        plan = SimpleNamespace(steps=STEPS, epsilon_target=self.budget)
+        plan: Any = SimpleNamespace(steps=STEPS, epsilon_target=self.budget)
+        plan.last_step = functools.partial(PrivacyPlan.last_step, plan)
         for asked in (changed, True):  # a refusal is answered by --new-attempt
             try:
                 brief = session._brief(

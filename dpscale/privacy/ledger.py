@@ -7,6 +7,7 @@ reordered line is seen by whoever holds the run's secret. Rolling back the whole
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -44,43 +45,55 @@ class Ledger:
     are free, every attempt is charged in full on top of the others.
 
     `head`: digest of the last line; `heads`: of all lines. `plans`: digests of the plans that ranges were opened with.
+    `records`: the lines without their digests. `torn_bytes`: what follows the last whole line, as a crash leaves it.
+    `secret` is None where the run's secret was destroyed: the lines are then taken as they are.
     """
 
     path: Path
-    secret: RootSecret
+    secret: RootSecret | None
     attempts: list[Attempt] = field(default_factory=list)
     head: str = FIRST
     heads: list[str] = field(default_factory=list)
     plans: set[str] = field(default_factory=set)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    torn_bytes: int = 0
 
     @classmethod
     def load(cls, path: Path, secret: RootSecret) -> Ledger:
-        """Read and verify the chain; a last line torn by a crash was never acted on, and is removed.
+        """Read and verify the chain, to go on with it; a last line torn by a crash was never acted on, and is removed.
 
         Raises: PrivacyError when a line was altered, removed or reordered, or the file is of a newer version.
         """
-        ledger = cls(path, secret)
         data = path.read_bytes() if path.exists() else b""
-        whole, newline, torn = data.rpartition(b"\n")
-        if torn:
-            write_atomically(path, whole + newline)
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                digest = record.pop("digest")
-                kind, schema = record["kind"], record["schema"]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise PrivacyError(f"{path}, line {number} is no ledger record ({error}): restore the file") from error
-            if schema != SCHEMA:
+        ledger = cls.parse(path, data, secret)
+        if ledger.torn_bytes:
+            write_atomically(path, data[: -ledger.torn_bytes])
+            ledger.torn_bytes = 0
+        return ledger
+
+    @classmethod
+    def parse(cls, path: Path, data: bytes, secret: RootSecret | None) -> Ledger:
+        """The ledger whose file holds `data`; writes nothing, so it may be used while the run goes on.
+
+        Args:
+            secret: None where it was destroyed: then nothing shows whether a line was altered.
+
+        Raises: PrivacyError as `load` does.
+        """
+        ledger = cls(path, secret)
+        whole, _, torn = data.rpartition(b"\n")
+        ledger.torn_bytes = len(torn)
+        lines = whole.splitlines()
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            record, digest = _parse(line, where)
+            if secret is not None and digest != chain_digest(secret, ledger.head, record):
                 raise PrivacyError(
-                    f"{path}, line {number} has schema {schema}: this dpscale reads schema {SCHEMA}; use the newer one"
+                    f"{where} does not continue the chain of keyed digests: {_damage(lines, number - 1, secret)}. "
+                    "Restore the file; epsilon cannot be computed from it"
                 )
-            if digest != ledger._digest(record):
-                raise PrivacyError(
-                    f"{path}, line {number} does not continue the chain of keyed digests: a line was changed, removed "
-                    "or moved, or the file belongs to another run. Restore it; epsilon cannot be computed from it"
-                )
-            ledger._take(kind, record, digest)
+            ledger._check_order(record, where)
+            ledger._take(record, digest)
         return ledger
 
     @property
@@ -92,6 +105,25 @@ class Ledger:
     def current(self) -> Attempt | None:
         """The attempt that runs or ran last; None before the first."""
         return self.attempts[-1] if self.attempts else None
+
+    def check_saved(self, step: int, facts: dict[str, Any]) -> None:
+        """Check that every line that a checkpoint was saved after is here.
+
+        Args:
+            facts: its manifest's (`attempt`, `ledger_head`); {} where the process died before writing one.
+
+        Raises: PrivacyError when lines were lost, or the checkpoint is another run's.
+        """
+        current, attempt, head = self.current, facts.get("attempt"), facts.get("ledger_head")
+        if current is None:
+            raise PrivacyError(f"{self.path} is missing or empty although step {step} was saved: restore it")
+        beyond = attempt in (None, current.number) and step > current.end
+        if beyond or (facts and head not in self.heads):
+            raise PrivacyError(
+                f"the checkpoint of step {step} was saved after ledger lines that {self.path} does not hold: lines "
+                "were lost (the file was truncated or replaced by an older one), or the checkpoint is another run's. "
+                "Restore the ledger; epsilon cannot be computed without them"
+            )
 
     def begin(self, number: int, start: int, reasons: list[str]) -> None:
         """Begin an attempt at step `start`; nothing of it may be drawn before this returns.
@@ -168,8 +200,9 @@ class Ledger:
         return self.current
 
     def _append(self, kind: str, content: dict[str, Any]) -> None:
+        assert self.secret is not None, "a run whose secret was destroyed has ended"
         record = {"schema": SCHEMA, "kind": kind, "time": round(time.time(), 3), **content}
-        digest = self._digest(record)
+        digest = chain_digest(self.secret, self.head, record)
         line = json.dumps({**record, "digest": digest}, sort_keys=True, allow_nan=False)
         try:
             append_durably(self.path, line.encode() + b"\n")
@@ -178,13 +211,24 @@ class Ledger:
                 f"the ledger {self.path} cannot be written ({error.strerror}): no step runs that is not recorded. "
                 "Free space or restore access, and start again"
             ) from error
-        self._take(kind, record, digest)
+        self._take(record, digest)
 
-    def _digest(self, record: dict[str, Any]) -> str:
-        text = json.dumps(record, sort_keys=True, allow_nan=False)
-        return self.secret.mac("ledger", f"{self.head}\n{text}".encode())
+    def _check_order(self, record: dict[str, Any], where: str) -> None:
+        """Refuse what no dpscale writes: it would make the sum of charges meaningless."""
+        current, number = self.current, record["attempt"]
+        if record["kind"] == "begin":
+            fits = all(known.number != number for known in self.attempts)
+        elif current is None or current.number != number:
+            fits = False
+        elif record["kind"] == "open":
+            fits = current.committed <= record["from"] <= current.end and record["from"] <= record["to"]
+        else:
+            fits = current.committed <= record["step"] <= current.end and record["step"] <= record["to"]
+        if not fits:
+            raise PrivacyError(f"{where} cannot follow the lines before it: lines were lost. Restore the file")
 
-    def _take(self, kind: str, record: dict[str, Any], digest: str) -> None:
+    def _take(self, record: dict[str, Any], digest: str) -> None:
+        kind = record["kind"]
         if kind == "begin":
             start = record["from"]
             self.attempts.append(Attempt(record["attempt"], start, start, start))
@@ -196,3 +240,50 @@ class Ledger:
             self.attempts[-1].committed, self.attempts[-1].end = record["step"], record["to"]
         self.head = digest
         self.heads.append(digest)
+        self.records.append(record)
+
+
+_KEYS = {"begin": ("attempt", "from"), "open": ("attempt", "from", "to"), "close": ("attempt", "step", "to")}
+
+
+def chain_digest(secret: RootSecret, head: str, record: dict[str, Any]) -> str:
+    """The keyed digest of a record that follows the line with digest `head`."""
+    text = json.dumps(record, sort_keys=True, allow_nan=False)
+    return secret.mac("ledger", f"{head}\n{text}".encode())
+
+
+def _parse(line: bytes, where: str) -> tuple[dict[str, Any], str]:
+    """(record, digest) of one line. Raises: PrivacyError unless it has the keys and types of a record."""
+    try:
+        record = json.loads(line)
+        json.dumps(record, allow_nan=False)
+        digest, schema, kind = record.pop("digest"), record["schema"], record["kind"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PrivacyError(f"{where} is no ledger record ({error}): restore the file") from error
+    if schema != SCHEMA:
+        raise PrivacyError(f"{where} has schema {schema}: this dpscale reads schema {SCHEMA}; use the newer one")
+    numbers = [record.get(key) for key in _KEYS[kind]] if isinstance(kind, str) and kind in _KEYS else [None]
+    if not isinstance(digest, str) or any(type(value) is not int or value < 0 for value in numbers):
+        raise PrivacyError(f"{where} is no ledger record (kind {kind!r}, or its numbers): restore the file")
+    if kind == "open" and not isinstance(record.get("plan"), str):
+        raise PrivacyError(f"{where} is no ledger record (a range without its plan): restore the file")
+    return record, digest
+
+
+def _damage(lines: list[bytes], index: int, secret: RootSecret) -> str:
+    """What must have happened, in plain words: `lines[index]` is the first that does not follow the one before it."""
+    parsed: list[tuple[dict[str, Any] | None, str]] = [(None, "")] * len(lines)
+    for number, line in enumerate(lines):
+        with contextlib.suppress(PrivacyError):
+            parsed[number] = _parse(line, "")
+    before = [FIRST, *(digest for _, digest in parsed)]
+
+    def follows(number: int, head: str) -> bool:
+        record, digest = parsed[number]
+        return record is not None and digest == chain_digest(secret, head, record)
+
+    if any(follows(index, head) for head in before):
+        return "a line was removed, moved or doubled, for this one was written after another line of the file"
+    if not any(follows(number, before[number]) for number in range(len(lines))):
+        return "no line of the file was written with this run's secret: the file belongs to another run"
+    return "this line was changed, or a line before it was removed"

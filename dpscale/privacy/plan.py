@@ -172,6 +172,15 @@ class PrivacyPlan:
         """`epsilon_after` each of several step counts; about 20 ms each at the quickstart's settings."""
         return [self.epsilon_after(count) for count in steps]
 
+    def last_step(self, attempt_start: int, charged_before: int) -> int:
+        """Where an attempt from step `attempt_start` ends, when earlier ones were charged `charged_before` steps.
+
+        The planned steps, less what the earlier attempts used up of an allowed epsilon.
+        """
+        if self.epsilon_target is None:
+            return self.steps
+        return min(self.steps, attempt_start + max(0, self.steps - charged_before))
+
     def dp_event(self, steps: int) -> Any:
         """The dp-accounting DpEvent of `steps` steps, for any accountant that reads those."""
         if not self.enabled:
