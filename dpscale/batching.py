@@ -6,7 +6,9 @@ from math import ceil
 
 import numpy as np
 
+from dpscale.config import RunConfig
 from dpscale.errors import InputError
+from dpscale.privacy.plan import PrivacyPlan
 from dpscale.sampling import PoissonSampler
 
 PADDING_INDEX = 0  # an index that every data set has; its row is loaded, and masked
@@ -18,18 +20,21 @@ class BatchLayout:
 
     physical_batch_size: rows on one device in one accumulation, P >= 1.
     num_devices: devices of the whole mesh, over all processes, D >= 1.
+    padded_to: rows that every draw is filled up to with padding; 0: only the last accumulation is filled up.
 
     Accumulation k holds rows [k P D, (k + 1) P D) of the draw, and the device at position d (in mesh order)
     the d-th P of them. What the draw does not fill is padding: index 0 and mask False.
 
     Guarantees: over all accumulations and device positions the unmasked indices are exactly the draw, each
     once; the number of accumulations depends on the draw alone, so all processes agree on it; shapes never
-    depend on the draw. An empty draw has 0 accumulations.
+    depend on the draw. An empty draw has 0 accumulations, unless `padded_to` asks for some: draws of up to that many
+    rows all take the same number, and what is added is masked, so no sum changes.
     Raises: InputError when P or D is below 1.
     """
 
     physical_batch_size: int
     num_devices: int
+    padded_to: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -45,8 +50,8 @@ class BatchLayout:
         return self.physical_batch_size * self.num_devices
 
     def accumulations(self, num_rows: int) -> int:
-        """Accumulations that a draw of `num_rows` rows takes: ceil(num_rows / (P D))."""
-        return -(-num_rows // self.rows_per_accumulation)
+        """Accumulations that a draw of `num_rows` rows takes: ceil(max(num_rows, padded_to) / (P D))."""
+        return -(-max(num_rows, self.padded_to) // self.rows_per_accumulation)
 
     def rows(
         self, indices: np.ndarray, accumulation: int, device_positions: Sequence[int]
@@ -82,9 +87,15 @@ class BatchLayout:
     def expected_padding_waste(self, sampler: PoissonSampler) -> float:
         """Long-run share of the computed rows that are padding: E[padding rows] / E[rows], in [0, 1).
 
-        From the exact distribution of the sampler's batch size. 0 when every draw is empty.
+        From the exact distribution of the sampler's batch size. 0 when no row is computed.
         """
         sizes, probabilities = sampler.size_distribution()
-        rows = -(-sizes // self.rows_per_accumulation) * self.rows_per_accumulation
+        rows = -(-np.maximum(sizes, self.padded_to) // self.rows_per_accumulation) * self.rows_per_accumulation
         computed = float(probabilities @ rows)
         return float(probabilities @ (rows - sizes)) / computed if computed else 0.0
+
+
+def run_layout(config: RunConfig, plan: PrivacyPlan, physical_batch_size: int, num_devices: int) -> BatchLayout:
+    """The layout of a run's draws: padded to the largest one where `privacy.constant_time` asks for it."""
+    padded_to = (plan.max_batch_size or 0) if config.privacy.constant_time else 0
+    return BatchLayout(physical_batch_size, num_devices, padded_to)

@@ -152,6 +152,17 @@ class PrivacySection(Section):
         None,
         description="truncated Poisson sampling: larger draws are cut to a uniform subset, and accounted so",
     )
+    constant_time: bool = Field(
+        False,
+        description="every step takes the same number of accumulations, so that its time does not tell the size of "
+        "the draw; needs max_batch_size",
+    )
+    replay_reserve: int = Field(
+        0,
+        ge=0,
+        description="steps beyond the planned ones that the noise is calibrated for: so many may be charged on top "
+        "(after a bad checkpoint or a changed program) before an allowed epsilon ends the run early",
+    )
     unit: str = Field("example", min_length=1, description="what one record is: printed with every guarantee")
     neighboring_relation: Literal["zero_out", "add_or_remove", "replace_one"] = Field(
         "zero_out", description="which data sets are neighbours; zero_out keeps the number of examples public"
@@ -171,6 +182,12 @@ class PrivacySection(Section):
         if (self.epsilon is None) == (self.noise_multiplier is None):
             seen = "neither is" if self.epsilon is None else "both are"
             raise ValueError(f"privacy.epsilon or privacy.noise_multiplier: {seen} given; give exactly one")
+        if self.replay_reserve and self.epsilon is None:
+            raise ValueError(
+                f"privacy.replay_reserve={self.replay_reserve} is given but privacy.epsilon is not: the reserve is "
+                "room within an allowed epsilon, and with privacy.noise_multiplier nothing ends the run. Give "
+                "privacy.epsilon"
+            )
         if self.delta is None:
             raise ValueError(
                 "privacy.delta is missing: an epsilon means nothing without it; below 1 / number of examples is usual"

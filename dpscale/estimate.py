@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpscale.batching import BatchLayout
+from dpscale.batching import run_layout
 from dpscale.chacha import key_words
 from dpscale.config import RunConfig
 from dpscale.data.resident import Resident
@@ -54,7 +54,7 @@ def estimate(config: RunConfig, plan: PrivacyPlan, source: ExampleSource) -> Est
     mesh = data_mesh()
     task = build_task(config, source.metadata)
     physical = physical_batch_size(config, plan, task, source, mesh.size)
-    layout = BatchLayout(physical, mesh.size)
+    layout = run_layout(config, plan, physical, mesh.size)
     optimizer = make_optimizer(config.optimizer, plan.steps)
     state = place_replicated(mesh, TrainState.create(task.params, optimizer))
     rows = blank_rows(mesh, source, layout, config.data)

@@ -55,7 +55,7 @@ class Feed:
         self._steps = iter(self._loader)
 
     def batches(self, step: int) -> Iterator[Rows]:
-        """The physical batches of `step`, the next one in order; none for an empty draw."""
+        """The physical batches of `step`, the next one in order; none for an empty draw that is not padded."""
         logical = next(self._steps)
         assert logical.step == step, f"asked for step {step}, the loader is at {logical.step}"
         for batch in logical:

@@ -38,6 +38,7 @@ def physical_batch_size(
         return given
     sampler = PoissonSampler(plan.num_examples, plan.sampling_rate, bytes(32), plan.max_batch_size)
     fitting = _fitting(config, plan, task, source, sampler, num_devices)
+    # privacy.constant_time pads all of these further, by nearly the same for each: it would only hide the difference.
     waste = {rows: BatchLayout(rows, num_devices).expected_padding_waste(sampler) for rows in fitting}
     small = [rows for rows in fitting if waste[rows] <= ACCEPTED_PADDING]
     return max(small) if small else min(fitting, key=lambda rows: waste[rows])

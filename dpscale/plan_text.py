@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dpscale.batching import BatchLayout
+from dpscale.batching import BatchLayout, run_layout
 from dpscale.config import RunConfig
 from dpscale.errors import InputError
 from dpscale.privacy.plan import PrivacyPlan
@@ -33,10 +33,9 @@ def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
     if measure:
         yield from _measured_lines(config, plan, source)
     elif physical != "auto":
-        # The key enters no figure here: any sampler of this size and rate draws as many examples.
-        sampler = PoissonSampler(plan.num_examples, plan.sampling_rate, bytes(32), plan.max_batch_size)
-        waste = BatchLayout(physical, 1).expected_padding_waste(sampler)
+        waste = run_layout(config, plan, physical, 1).expected_padding_waste(_any_sampler(plan))
         yield f"padding           {waste:.1%} of all rows on one device, expected"
+        yield from _constant_time_lines(config, plan, physical, 1)
 
 
 def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
@@ -54,6 +53,9 @@ def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
     curve = zip(points, plan.epsilon_curve(points), strict=True)
     yield f"epsilon           at delta {plan.delta:g}, {plan.neighboring_relation}, {plan.accountant}"
     yield from (f"  after step {step:<6} {epsilon:.3f}" for step, epsilon in curve)
+    if plan.replay_reserve:
+        spent = plan.epsilon_after(plan.chargeable_steps)
+        yield f"replay reserve    {plan.replay_reserve} steps on top: {spent:.3f} if all were charged"
     yield from (f"warning           {warning}" for warning in plan.warnings)
 
 
@@ -66,7 +68,27 @@ def _measured_lines(config: RunConfig, plan: PrivacyPlan, source) -> Iterator[st
     rows = f"{found.physical_batch_size} rows on each device"
     yield f"accumulations     {found.accumulations:.2f} a step expected, of {rows}"
     yield f"padding           {found.padding_waste:.1%} of all rows, expected"
+    yield from _constant_time_lines(config, plan, found.physical_batch_size, found.num_devices)
     mebibytes = [f"{n / 2**20:.1f}" for n in (found.state_bytes, found.temporary_bytes, found.data_bytes)]
     yield "memory per device {} MiB state, {} MiB temporary, {} MiB data".format(*mebibytes)
     total = plan.steps * found.step_s
     yield f"time              {found.step_s:.3g} s a step, {total:.0f} s in all here (measured on made-up rows)"
+
+
+def _constant_time_lines(config: RunConfig, plan: PrivacyPlan, physical: int, num_devices: int) -> Iterator[str]:
+    """What privacy.constant_time costs; nothing without it."""
+    if not config.privacy.constant_time:
+        return
+    sampler = _any_sampler(plan)
+    padded, plain = run_layout(config, plan, physical, num_devices), BatchLayout(physical, num_devices)
+    with_it, without = padded.expected_padding_waste(sampler), plain.expected_padding_waste(sampler)
+    more = (1 - without) / (1 - with_it) - 1
+    yield (
+        f"constant time     {padded.accumulations(0)} accumulations every step: {more:.1%} more rows than without "
+        f"privacy.constant_time (padding {with_it:.1%} instead of {without:.1%})"
+    )
+
+
+def _any_sampler(plan: PrivacyPlan) -> PoissonSampler:
+    """The key enters no figure here: any sampler of this size and rate draws as many examples."""
+    return PoissonSampler(plan.num_examples, plan.sampling_rate, bytes(32), plan.max_batch_size)

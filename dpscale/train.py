@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dpscale.batching import BatchLayout
+from dpscale.batching import run_layout
 from dpscale.checkpoint import Checkpoints
 from dpscale.config import RunConfig, load_config
 from dpscale.data.open import as_source, open_source
@@ -204,7 +204,7 @@ class _Run:
             self.plan.max_batch_size,
         )
         rows_per_device = self._physical_batch_size()
-        layout = BatchLayout(rows_per_device, self.mesh.size)
+        layout = run_layout(self.config, self.plan, rows_per_device, self.mesh.size)
         self.feed = Feed(
             self.mesh,
             self.source,

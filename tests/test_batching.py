@@ -17,7 +17,7 @@ KEY = bytes(range(32))
 @st.composite
 def layouts_with_processes(draw):
     """A layout and a partition of its device positions, in any order, over one or more processes."""
-    layout = BatchLayout(draw(st.integers(1, 9)), draw(st.integers(1, 8)))
+    layout = BatchLayout(draw(st.integers(1, 9)), draw(st.integers(1, 8)), draw(st.sampled_from([0, 0, 120])))
     positions = draw(st.permutations(range(layout.num_devices)))
     owners = draw(st.lists(st.integers(0, 3), min_size=layout.num_devices, max_size=layout.num_devices))
     return layout, [[p for p, o in zip(positions, owners, strict=True) if o == process] for process in range(4)]
@@ -55,6 +55,23 @@ def test_a_process_has_the_rows_of_its_devices_in_their_order(case, n, extra):
             assert np.array_equal(mask[here], whole_mask[there])
     if extra:
         assert not whole_mask.any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(physical=st.integers(1, 9), devices=st.integers(1, 8), cap=st.integers(1, 100))
+def test_padded_draws_up_to_the_cap_take_one_number_of_accumulations_and_larger_ones_are_not_cut(
+    physical, devices, cap
+):
+    layout = BatchLayout(physical, devices, padded_to=cap)
+    assert {layout.accumulations(n) for n in range(cap + 1)} == {-(-cap // (physical * devices))}
+    assert layout.accumulations(cap + 1000) == BatchLayout(physical, devices).accumulations(cap + 1000)
+
+
+def test_padding_waste_of_padded_draws_is_of_all_rows_that_are_computed():
+    sampler = PoissonSampler(100, 0.1, KEY, max_batch_size=20)
+    layout = BatchLayout(8, 1, padded_to=20)
+    sizes, probabilities = sampler.size_distribution()
+    assert layout.expected_padding_waste(sampler) == pytest.approx(1 - sizes @ probabilities / 24)
 
 
 def test_rows_follow_the_draw_over_devices_then_accumulations():

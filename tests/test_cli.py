@@ -77,9 +77,26 @@ def test_train_trains_and_says_what_was_reached_and_where_it_is(config, tmp_path
 
 @pytest.mark.slow
 def test_plan_shows_the_run_before_it_runs_and_leaves_nothing_behind(config, tmp_path):
-    done = dpscale("plan", config, cwd=tmp_path)
+    done = dpscale(
+        "plan",
+        config,
+        "privacy.replay_reserve=3",
+        "privacy.constant_time=true",
+        "privacy.max_batch_size=150",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    for word in ("sampling rate q   0.06", "noise multiplier", "after step 4", "3.000", "padding", "memory", "time"):
+    for word in (
+        "replay reserve    3 steps on top: 3.000",
+        "more rows than without",
+        "sampling rate q   0.06",
+        "noise multiplier",
+        "after step 4",
+        "3.000",
+        "padding",
+        "memory",
+        "time",
+    ):
         assert word in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["small.toml"]
 

@@ -10,7 +10,7 @@ import pytest
 from dpscale.config import config_from_dict
 from dpscale.errors import InputError, RunDirectoryError
 from dpscale.privacy import accounting
-from dpscale.privacy.plan import PrivacyPlan
+from dpscale.privacy.plan import ADDED, PrivacyPlan
 from dpscale.privacy.sensitivity import SLACK
 
 
@@ -77,6 +77,31 @@ def test_calibration_keeps_within_epsilon_and_epsilon_follows_the_steps_that_ran
         noise_multiplier=made.noise_multiplier, sampling_rate=0.1, steps=7, delta=1e-5
     )
     assert curve[3] > 2.0
+
+
+def test_reserved_steps_are_paid_for_by_the_noise_and_keep_to_the_allowed_epsilon():
+    plain = PrivacyPlan.from_config(calibrated(), num_examples=1000)
+    made = PrivacyPlan.from_config(calibrated(replay_reserve=5), num_examples=1000)
+    longer = PrivacyPlan.from_config(
+        config(training={"steps": 25}, noise_multiplier=None, epsilon=2.0), num_examples=1000
+    )
+    assert (made.steps, made.chargeable_steps) == (20, 25)
+    assert made.noise_multiplier == longer.noise_multiplier > plain.noise_multiplier
+    assert 1.999 < made.epsilon_after(25) <= 2.0 < made.epsilon_after(26)
+    assert PrivacyPlan.from_config(calibrated(replay_reserve=5), num_examples=1000, cached=plain) == made
+
+
+def test_a_reserve_without_an_allowed_epsilon_is_refused():
+    with pytest.raises(InputError, match=r"replay_reserve=5 is given but privacy.epsilon is not.*Give privacy.epsilon"):
+        config(replay_reserve=5)
+
+
+def test_a_constant_number_of_accumulations_needs_a_cap_and_the_refusal_names_one_that_is_nearly_free():
+    with pytest.raises(InputError, match=r"needs a largest batch. Set privacy.max_batch_size=143 \(4.5 standard"):
+        plan(constant_time=True)
+    capped = plan(constant_time=True, max_batch_size=143)
+    assert capped.epsilon_after(20) == pytest.approx(plan().epsilon_after(20), rel=2e-3)
+    assert capped == plan(max_batch_size=143), "it changes no promise, so it may be switched on and off"
 
 
 def test_truncation_is_accounted_as_truncation():
@@ -153,6 +178,7 @@ def test_the_digest_never_changes_between_versions_and_differs_for_every_field()
         "delta": 2e-5,
         "epsilon_target": 1.0,
         "max_batch_size": 200,
+        "replay_reserve": 5,
         "bound": "normalized",
         "unit": "user",
         "neighboring_relation": "add_or_remove",
@@ -194,6 +220,15 @@ def test_a_plan_file_of_another_kind_is_refused(edit, message):
     text = json.dumps({**json.loads(plan().to_json()), **edit})
     with pytest.raises(InputError, match=message):
         PrivacyPlan.from_json(text)
+
+
+def test_a_plan_file_from_before_a_field_existed_is_the_same_plan():
+    values = json.loads(plan().to_json())
+    for name in ADDED:
+        del values[name]
+    old = PrivacyPlan.from_json(json.dumps(values))
+    assert old == plan()
+    assert old.digest() == plan().digest()
 
 
 def test_a_torn_plan_file_is_refused():
@@ -260,7 +295,7 @@ def test_bad_values_are_refused_before_anything_runs(change, message):
         "num_examples": 1000,
         **change,
     }
-    keys.setdefault("bound", "flat")
+    keys = {"bound": "flat", "replay_reserve": 0, "constant_time": False, **keys}
     training = SimpleNamespace(steps=keys.pop("steps"), epochs=keys.pop("epochs"))
     num_examples = keys.pop("num_examples")
     with pytest.raises(InputError, match=message):

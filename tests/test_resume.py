@@ -292,16 +292,21 @@ def test_falling_back_is_charged_on_top_with_fresh_batches_and_noise(whole, tmp_
 
 
 @pytest.mark.slow
-def test_an_allowed_epsilon_is_never_passed_by_falling_back(tmp_path):
-    allowed = {"noise_multiplier": None, "epsilon": 2.0}
+@pytest.mark.parametrize("reserve", [0, 12])
+def test_an_allowed_epsilon_is_never_passed_by_falling_back_and_a_reserve_keeps_the_length(tmp_path, reserve):
+    allowed = {"noise_multiplier": None, "epsilon": 2.0, "replay_reserve": reserve}
     result = run(tmp_path / "run", privacy=allowed, stops=StopAfter(5))
     assert result.step < 12
     shutil.rmtree(tmp_path / "run" / "ckpt" / str(result.step) / "d")
     again = run(tmp_path / "run", privacy=allowed)
     book = ledger(tmp_path / "run")
     assert len(book.attempts) == 2
-    assert book.charged_steps == 12
-    assert again.step < 12
+    if reserve:
+        assert (again.state, again.step) == ("finished", 12)
+        assert 12 < book.charged_steps <= 24
+    else:
+        assert book.charged_steps == 12
+        assert again.step < 12
     assert again.epsilon is not None
     assert result.epsilon < again.epsilon <= 2.0
 

@@ -22,7 +22,7 @@ from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.run_directory import RunDirectory
 
-STEPS, EVERY = 12, 3
+STEPS, EVERY, RESERVE = 12, 3, 2
 SECRET = RootSecret.from_insecure_seed(3)
 FACTS = {"plan": "p"}
 
@@ -78,7 +78,7 @@ class World:
         if self.process is not None:
             return
         ledger = Ledger.load(self.path, SECRET)
-        plan: Any = SimpleNamespace(steps=STEPS, epsilon_target=self.budget)
+        plan: Any = SimpleNamespace(steps=STEPS, chargeable_steps=STEPS + RESERVE, epsilon_target=self.budget)
         plan.last_step = functools.partial(PrivacyPlan.last_step, plan)
         for asked in (changed, True):  # a refusal is answered by --new-attempt
             try:
@@ -155,7 +155,7 @@ class World:
         ledger = Ledger.load(self.path, SECRET)
         assert len(self.keys) <= ledger.charged_steps, "steps whose results may have been seen are not charged"
         if self.budget is not None:
-            assert ledger.charged_steps <= STEPS, "more was charged than the allowed epsilon has room for"
+            assert ledger.charged_steps <= STEPS + RESERVE, "more was charged than the allowed epsilon has room for"
 
     def restore_damaged(self):
         """The owner puts a checkpoint back from a backup."""
@@ -289,6 +289,15 @@ def saved_run(root: Path, **privacy) -> tuple[Store, Ledger]:
         store.saved[step] = Saved((), {"attempt": 0, "ledger_head": ledger.head})
         ledger.close(0, step, step)
     return store, ledger
+
+
+@pytest.mark.parametrize(("reserve", "last"), [(0, 9), (2, 11), (3, 12), (10, 12)])
+def test_reserved_steps_are_used_up_before_a_run_is_shortened(reserve, last):
+    asked = config(noise_multiplier=None, epsilon=2.0, replay_reserve=reserve)
+    plan = PrivacyPlan.from_config(asked, num_examples=100)
+    brief = session.Briefing(plan, SECRET, 1, start_step=6, attempt_start=6, charged_before=9, restore=True)
+    assert brief.last_step == last
+    assert plan.epsilon_after(brief.charged_at(brief.last_step)) <= 2.0
 
 
 def test_two_runs_of_one_config_have_different_secrets(tmp_path):

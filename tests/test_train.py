@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import stat
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 import dpscale
 from dpscale.config import RunConfig
+from dpscale.loop import training_steps
 from dpscale.metrics.streams import PUBLIC_KEYS
 
 GENERATOR = np.random.default_rng(5)
@@ -125,6 +128,46 @@ def test_the_normalized_bound_is_part_of_the_plan_and_scales_short_gradients_up(
 def test_data_on_the_device_gives_the_same_run(plain, tmp_path):
     other = run(tmp_path / "run", data={"residence": "device"})
     for mine, theirs in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def accumulations_of_each_step(monkeypatch) -> list[int]:
+    """Filled while runs go on: how often `accumulate` was called before each `finalize`."""
+    counts, real = [], training_steps
+
+    def counted(functions, *rest):
+        calls = 0
+
+        def accumulate(*args):
+            nonlocal calls
+            calls += 1
+            return functions.accumulate(*args)
+
+        def finalize(*args):
+            nonlocal calls
+            counts.append(calls)
+            calls = 0
+            return functions.finalize(*args)
+
+        return real(dataclasses.replace(functions, accumulate=accumulate, finalize=finalize), *rest)
+
+    monkeypatch.setattr(importlib.import_module("dpscale.train"), "training_steps", counted)
+    return counts
+
+
+@pytest.mark.slow
+def test_in_constant_time_every_step_takes_as_many_accumulations_and_the_result_is_the_same(tmp_path, monkeypatch):
+    counts = accumulations_of_each_step(monkeypatch)
+    privacy = {"max_batch_size": 56}
+    kwargs = {"training": {"steps": 8}, "performance": {"physical_batch_size": 1}}
+    free = run(tmp_path / "free", privacy=privacy, **kwargs)
+    followed_the_draw = counts[:]
+    counts.clear()
+    constant = run(tmp_path / "constant", privacy={**privacy, "constant_time": True}, **kwargs)
+    assert len(set(followed_the_draw)) > 1
+    assert counts == [7] * 8
+    assert max(followed_the_draw) <= 7
+    for mine, theirs in zip(jax.tree.leaves(free.params), jax.tree.leaves(constant.params), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 

@@ -58,7 +58,7 @@ class LogicalBatch:
     """One step's physical batches: iterate once, in order, before asking the loader for the next step.
 
     `num_examples` (of the whole draw) and `accumulations` follow the draw, so they are sensitive.
-    `accumulations` is the same on every process, and 0 for an empty draw.
+    `accumulations` is the same on every process, and 0 for an empty draw where the layout pads no further.
     """
 
     def __init__(self, step: int, num_examples: int, accumulations: int, batches: Iterator[PhysicalBatch]):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from dpscale.config import PrivacySection, RunConfig
 
 SCHEMA_VERSION = 1
+# Fields younger than the first plans: a file may lack them, and at these values the digest leaves them out.
+ADDED: dict[str, Any] = {"replay_reserve": 0}
 # Noise of a much smaller standard deviation would be flushed to zero in float32; squares of larger norms overflow.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-12, 1e12
 
@@ -54,6 +56,8 @@ class PrivacyPlan:
     """The epsilon that the noise multiplier was calibrated to; None when the multiplier was given."""
     max_batch_size: int | None = None
     """Larger draws are cut to a uniform subset of this size (truncated Poisson); None: never."""
+    replay_reserve: int = 0
+    """Steps beyond the planned ones that the calibration leaves room for: new attempts are charged on top."""
     bound: str = "flat"
     """"flat": longer gradients are cut to clip_norm; "normalized": all are scaled to nearly it. Both bound by it."""
     unit: str = "example"
@@ -70,6 +74,8 @@ class PrivacyPlan:
             object.__setattr__(self, name, None if value is None else float(value))
         _check_sizes(self.num_examples, self.steps, self.expected_batch_size, self.sampling_rate)
         check_neighboring_relation(self.neighboring_relation)
+        if self.replay_reserve < 0:
+            raise InputError(f"replay_reserve={self.replay_reserve}: give 0 steps or more")
         if not self.enabled:
             return
         if self.clip_norm is None or self.delta is None:
@@ -82,7 +88,7 @@ class PrivacyPlan:
                 f"{MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}"
             )
         # Twice the steps: replayed ones must not bring delta below what the accountant can resolve.
-        accounting.check(self._step, 2 * self.steps, self.delta, self.accountant)
+        accounting.check(self._step, 2 * self.chargeable_steps, self.delta, self.accountant)
 
     @classmethod
     def from_config(cls, config: RunConfig, *, num_examples: int, cached: PrivacyPlan | None = None) -> PrivacyPlan:
@@ -95,12 +101,19 @@ class PrivacyPlan:
         """
         privacy = config.privacy
         rate, expected = _rate_and_expected_batch_size(privacy, num_examples)
+        if privacy.constant_time and privacy.max_batch_size is None:
+            raise InputError(
+                "privacy.constant_time=true but privacy.max_batch_size is not set: a constant number of accumulations "
+                f"needs a largest batch. Set privacy.max_batch_size={suggested_cap(rate, expected)} (4.5 standard "
+                "deviations above the mean, which costs nearly no epsilon)"
+            )
         common: dict[str, Any] = {
             "num_examples": num_examples,
             "sampling_rate": rate,
             "expected_batch_size": expected,
             "steps": _steps(config.training, rate),
             "max_batch_size": privacy.max_batch_size,
+            "replay_reserve": privacy.replay_reserve,
             "bound": privacy.bound,
             "unit": privacy.unit,
             "neighboring_relation": privacy.neighboring_relation,
@@ -130,12 +143,12 @@ class PrivacyPlan:
             )
             reused = dataclasses.replace(self, noise_multiplier=cached.noise_multiplier)
             # Checked, since the file may have been edited; the room is for other machines' last bits.
-            if again == self and reused.epsilon_after(reused.steps) <= self.epsilon_target * (1 + 1e-9):
+            if again == self and reused.epsilon_after(reused.chargeable_steps) <= self.epsilon_target * (1 + 1e-9):
                 return reused
         sigma = accounting.noise_multiplier(
             epsilon=self.epsilon_target,
             delta=self._delta,
-            steps=self.steps,
+            steps=self.chargeable_steps,
             sampling_rate=self.sampling_rate,
             accountant=self.accountant,
             neighboring_relation=self.neighboring_relation,
@@ -143,6 +156,11 @@ class PrivacyPlan:
             max_batch_size=self.max_batch_size,
         )
         return dataclasses.replace(self, noise_multiplier=sigma)
+
+    @property
+    def chargeable_steps(self) -> int:
+        """Steps, replayed ones included, that keep to `epsilon_target` where there is one: T + replay_reserve."""
+        return self.steps + self.replay_reserve
 
     @property
     def noise_stddev(self) -> float:
@@ -175,11 +193,11 @@ class PrivacyPlan:
     def last_step(self, attempt_start: int, charged_before: int) -> int:
         """Where an attempt from step `attempt_start` ends, when earlier ones were charged `charged_before` steps.
 
-        The planned steps, less what the earlier attempts used up of an allowed epsilon.
+        The planned steps, less what the earlier attempts used up of an allowed epsilon and of `replay_reserve`.
         """
         if self.epsilon_target is None:
             return self.steps
-        return min(self.steps, attempt_start + max(0, self.steps - charged_before))
+        return min(self.steps, attempt_start + max(0, self.chargeable_steps - charged_before))
 
     def dp_event(self, steps: int) -> Any:
         """The dp-accounting DpEvent of `steps` steps, for any accountant that reads those."""
@@ -236,8 +254,8 @@ class PrivacyPlan:
                 "use the version that wrote it, or start a new run"
             )
         names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
-            odd = ", ".join(sorted(set(values) ^ names))
+        odd = ", ".join(sorted(names - set(values) - set(ADDED) | set(values) - names))
+        if odd:
             raise RunDirectoryError(f"the plan lacks keys or has unknown ones ({odd}): {_RESTORE}")
         for name, value in values.items():
             if not _has_type(name, value):
@@ -246,7 +264,9 @@ class PrivacyPlan:
 
     def digest(self) -> str:
         """SHA-256 of the plan's canonical JSON, 64 hexadecimal digits; equal plans and only they share it."""
-        values = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self).items()
+        values = {name: value for name, value in fields if name not in ADDED or value != ADDED[name]}
+        values["schema_version"] = SCHEMA_VERSION
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -271,11 +291,17 @@ class PrivacyPlan:
         return self.delta
 
 
+def suggested_cap(sampling_rate: float, expected_batch_size: float) -> int:
+    """A batch size that a draw passes about 3 times in a million: 4.5 standard deviations above the mean."""
+    return math.ceil(expected_batch_size + 4.5 * math.sqrt(expected_batch_size * (1 - sampling_rate)))
+
+
 _RESTORE = "restore plan.json from a copy, or start a new run"
 _TYPES: dict[str, tuple[type, ...]] = {
     "num_examples": (int,),
     "steps": (int,),
     "max_batch_size": (int, type(None)),
+    "replay_reserve": (int,),
     "enabled": (bool,),
     "bound": (str,),
     "unit": (str,),
