@@ -15,10 +15,9 @@ from dpscale.batching import BatchLayout
 from dpscale.config import RunConfig, load_config
 from dpscale.data.open import open_source
 from dpscale.feed import Feed
-from dpscale.gradients import compiled_steps
+from dpscale.gradients import compiled_steps, make_placement
 from dpscale.loop import StepKeys, training_steps
-from dpscale.mesh import data_mesh, place_replicated
-from dpscale.optimizer import make_optimizer
+from dpscale.mesh import data_mesh
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.sampling import PoissonSampler
@@ -51,7 +50,7 @@ class Case:
         self.layout = BatchLayout(config.performance.physical_batch_size, self.mesh.size)
         self.sampler = PoissonSampler(self.plan.num_examples, self.plan.sampling_rate, SECRET.derive("sampling"))
         self.task = build_task(config, source.metadata)
-        self.optimizer = make_optimizer(config.optimizer, self.plan.steps)
+        self.placement = make_placement(config, self.plan, self.mesh)
         self.functions: StepFunctions | None = None
 
     def window(self, steps: int) -> dict[str, float]:
@@ -66,10 +65,10 @@ class Case:
             stop_step=steps + 1,
             data=self.config.data,
         )
-        state = place_replicated(self.mesh, TrainState.create(self.task.params, self.optimizer))
+        state = self.placement.create(self.task.params)
         rows = list(feed.batches(0))
         if self.functions is None:
-            compile_for = (self.optimizer, self.mesh, state, feed.table, rows[0])
+            compile_for = (self.placement, state, feed.table, rows[0])
             self.functions = compiled_steps(self.config, self.plan, self.task, *compile_for)
         requests = requests_array(self.mesh, stop=False, save=False)
         loop = training_steps(

@@ -21,10 +21,11 @@ import orbax.checkpoint as ocp
 
 from dpscale.errors import InputError, RunDirectoryError
 from dpscale.manifest import MANIFEST, Found, inspect, saved_steps, write_manifest
-from dpscale.state import TrainState
+from dpscale.state import OptimizerShards, TrainState
 
 logger = logging.getLogger(__name__)
 
+SHARDS = "opt_shards"  # the name of an optimizer state that is cut over the devices
 REMOVED = ".removed-"
 ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that Orbax has not renamed yet
 
@@ -135,6 +136,20 @@ class Checkpoints:
         """Steps that have a directory, whole or not, in order."""
         return saved_steps(self._directory)
 
+    def contents(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds: the tree under "step", "params", .., with Orbax's metadata in place of each array.
+
+        Raises: RunDirectoryError when Orbax cannot tell.
+        """
+        path = self._directory / str(step)
+        try:
+            metadata = self._checkpointer.metadata(path).item_metadata
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunDirectoryError(f"checkpoint {path} cannot be read ({error}): restore it from a backup") from error
+        if metadata is None:
+            raise RunDirectoryError(f"checkpoint {path} does not say what it holds: restore it from a backup")
+        return dict(metadata.tree)
+
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Read `step` into the shapes, dtypes and shardings of `abstract`, on any number of processes and devices.
 
@@ -148,6 +163,7 @@ class Checkpoints:
                 f"checkpoint {path} does not hold this model and optimizer ({type(error).__name__}: {error}): train "
                 "with the config that made it, or in another run directory"
             ) from error
+        tree["opt_state"] = tree.pop(SHARDS) if SHARDS in tree else tree["opt_state"]
         return TrainState(**tree)
 
     def _commit(self, step: int, path: Path, facts: dict[str, Any]) -> None:
@@ -198,7 +214,10 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    """The state by names that tell what lies how: "opt_state" or "opt_shards", and "ema" where there is one."""
+    opt_name = SHARDS if isinstance(state.opt_state, OptimizerShards) else "opt_state"
+    tree = {"step": state.step, "params": state.params, opt_name: state.opt_state}
+    return tree if state.ema is None else {**tree, "ema": state.ema}
 
 
 def _unreadable(path: Path) -> str | None:

@@ -207,8 +207,27 @@ class PerformanceSection(Section):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the model's forward and backward pass; norms, sums and noise stay float32"
     )
+    update_sharding: Literal["replicated", "sharded"] = Field(
+        "replicated",
+        description='"sharded": noise and optimizer state are cut over the devices, for 1/devices of their time and '
+        "memory each; the result is the same",
+    )
+    reduce_every_accumulation: bool = Field(
+        False,
+        description="reduce after every physical batch, as ordinary data-parallel SGD does, instead of once a step: "
+        "to compare with; the result is the same",
+    )
     deterministic: bool = Field(False, description="bit-equal reruns on a GPU, at a price")
     compilation_cache: str | None = Field(None, description="folder of jax's persistent compilation cache")
+
+    @model_validator(mode="after")
+    def _one_way_to_reduce(self):
+        if self.reduce_every_accumulation and self.update_sharding == "sharded":
+            raise ValueError(
+                "performance.reduce_every_accumulation is true and performance.update_sharding is sharded: the sums "
+                "would be reduced whole and cut afterwards; choose one of them"
+            )
+        return self
 
 
 class CheckpointSection(Section):

@@ -17,9 +17,8 @@ from dpscale.config import RunConfig
 from dpscale.data.resident import Resident
 from dpscale.data.source import ExampleSource
 from dpscale.feed import blank_rows
-from dpscale.gradients import compiled_steps
+from dpscale.gradients import compiled_steps, make_placement
 from dpscale.mesh import data_mesh, place_replicated
-from dpscale.optimizer import make_optimizer
 from dpscale.physical_batch import physical_batch_size
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.sampling import PoissonSampler
@@ -55,17 +54,18 @@ def estimate(config: RunConfig, plan: PrivacyPlan, source: ExampleSource) -> Est
     task = build_task(config, source.metadata)
     physical = physical_batch_size(config, plan, task, source, mesh.size)
     layout = run_layout(config, plan, physical, mesh.size)
-    optimizer = make_optimizer(config.optimizer, plan.steps)
-    state = place_replicated(mesh, TrainState.create(task.params, optimizer))
+    placement = make_placement(config, plan, mesh)
+    state = placement.create(task.params)
     rows = blank_rows(mesh, source, layout, config.data)
     table, data_bytes = _stand_in(config, source)
     table = place_replicated(mesh, table)
-    functions = compiled_steps(config, plan, task, optimizer, mesh, state, table, rows)
+    functions = compiled_steps(config, plan, task, placement, state, table, rows)
     # The key enters no figure here: any sampler of this size and rate draws as many examples.
     sampler = PoissonSampler(plan.num_examples, plan.sampling_rate, bytes(32), plan.max_batch_size)
     sizes, probabilities = sampler.size_distribution()
     accumulations = float(np.dot([layout.accumulations(int(size)) for size in sizes], probabilities))
-    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 4 * task.num_parameters
+    # Of one device, which also keeps a partial sum of the gradient.
+    state_bytes = sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state)) + 4 * task.num_parameters
     memory = [function.memory_analysis().temp_size_in_bytes for function in (functions.accumulate, functions.finalize)]
     return Estimate(
         num_parameters=task.num_parameters,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import optax
 from jax.sharding import Mesh
 
 from dpscale.baseline import summed_grad
 from dpscale.clipping import ClippedSum, Flat, Normalized, clipped_grad
 from dpscale.config import RunConfig
 from dpscale.data.resident import Resident
+from dpscale.optimizer import make_optimizer
+from dpscale.placement import Placement
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.state import TrainState
 from dpscale.step import Rows, StepFunctions, build_accumulate, build_finalize, compile_steps
@@ -27,17 +28,28 @@ def gradient_sum(config: RunConfig, plan: PrivacyPlan, task: Task) -> Callable[.
     return clipped_grad(task.loss, bound=bound, method=config.performance.clipping_method)
 
 
+def make_placement(config: RunConfig, plan: PrivacyPlan, mesh: Mesh) -> Placement:
+    """The config's optimizer, and how its state lies on the mesh."""
+    optimizer = make_optimizer(config.optimizer, plan.steps)
+    return Placement(mesh, optimizer, sharded=config.performance.update_sharding == "sharded")
+
+
 def compiled_steps(
     config: RunConfig,
     plan: PrivacyPlan,
     task: Task,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    placement: Placement,
     state: TrainState,
     table: Resident,
     rows: Rows,
 ) -> StepFunctions:
     """Both step functions of a task, compiled for the shapes of `state`, `table` and `rows`."""
     clip_norm = math.inf if plan.clip_norm is None else plan.clip_norm
-    accumulate = build_accumulate(mesh, gradient_sum(config, plan, task), clip_norm, task.uses_key)
-    return compile_steps(accumulate, build_finalize(mesh, plan, optimizer), mesh, state, table, rows)
+    every, mesh = config.performance.reduce_every_accumulation, placement.mesh
+    accumulate = build_accumulate(
+        mesh, gradient_sum(config, plan, task), clip_norm, task.uses_key, reduce_every_accumulation=every
+    )
+    finalize = build_finalize(
+        mesh, plan, placement.optimizer, sharded=placement.sharded, reduce_every_accumulation=every
+    )
+    return compile_steps(accumulate, finalize, mesh, state, table, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import optax
 
 from dpscale.config import OptimizerSection
@@ -31,16 +33,42 @@ def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedu
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(config: OptimizerSection, steps: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An optax optimizer in two parts, so that the first, which holds every array of the state, can work on shards.
+
+    direction: element by element (moments, weight decay): any part of the flattened parameters may be given to it.
+    scaling: the rest, for whole leaves: learning rate and, for lamb, the ratio of the leaves' norms. Its state holds
+    no array beyond a counter.
+
+    `init` and `update` are those of the two in a chain: `init(params)`, `update(gradient, state, params)`.
+    """
+
+    direction: optax.GradientTransformation
+    scaling: optax.GradientTransformation
+
+    def init(self, params: Any) -> tuple[Any, Any]:
+        """(state of `direction`, state of `scaling`)."""
+        return self.direction.init(params), self.scaling.init(params)
+
+    def update(self, updates: Any, state: tuple[Any, Any], params: Any = None) -> tuple[Any, tuple[Any, Any]]:
+        """(what is added to the parameters, the new state)."""
+        updates, direction = self.direction.update(updates, state[0], params)
+        updates, scaling = self.scaling.update(updates, state[1], params)
+        return updates, (direction, scaling)
+
+
+def make_optimizer(config: OptimizerSection, steps: int) -> Optimizer:
     """The optimizer of `config`; it sees only noised gradients, and its weight decay is decoupled from them."""
-    rate = learning_rate_schedule(config, steps)
+    rate = optax.scale_by_learning_rate(learning_rate_schedule(config, steps))
     if config.name == "sgd":
-        return optax.sgd(rate, momentum=config.momentum or None, nesterov=bool(config.nesterov))
+        momentum = optax.trace(config.momentum, bool(config.nesterov)) if config.momentum else optax.identity()
+        return Optimizer(momentum, rate)
     b1 = 0.9 if config.beta1 is None else config.beta1
     b2 = 0.999 if config.beta2 is None else config.beta2
+    moments = optax.scale_by_adam(b1, b2, eps=config.eps or (1e-6 if config.name == "lamb" else 1e-8))
     if config.name == "adam":
-        return optax.adam(rate, b1, b2, eps=config.eps or 1e-8)
-    decay = config.weight_decay or 0.0
+        return Optimizer(moments, rate)
+    decayed = optax.chain(moments, optax.add_decayed_weights(config.weight_decay or 0.0))
     if config.name == "adamw":
-        return optax.adamw(rate, b1, b2, eps=config.eps or 1e-8, weight_decay=decay)
-    return optax.lamb(rate, b1, b2, eps=config.eps or 1e-6, weight_decay=decay)
+        return Optimizer(decayed, rate)
+    return Optimizer(decayed, optax.chain(optax.scale_by_trust_ratio(), rate))

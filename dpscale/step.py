@@ -23,25 +23,13 @@ from dpscale.chacha import key_words
 from dpscale.clipping import ClippedSum
 from dpscale.data.resident import gather
 from dpscale.data.transforms import example_keys
+from dpscale.errors import InputError
 from dpscale.mesh import DATA_AXIS, place_rows, replicated, split
 from dpscale.noise import add_gaussian_noise
+from dpscale.placement import cut, join
 from dpscale.privacy.plan import PrivacyPlan
-from dpscale.state import TrainState
-
-
-class Statistics(NamedTuple):
-    """Sums over the logical batch and over devices. All but the two requests are sensitive (PRIVACY.md 34).
-
-    They ride at the end of the reduced vector, past the elements that get noise.
-    """
-
-    examples: Any  # rows that were drawn
-    clipped: Any  # rows whose norm was above the bound
-    nonfinite: Any  # rows left out because their loss or gradient was not finite
-    loss: Any  # sum of losses over the finite rows
-    norm: Any  # sum of gradient norms over the finite rows
-    stop: Any  # devices whose process asks for a stop
-    save: Any  # devices whose process asks for a checkpoint
+from dpscale.shard_update import shard_update
+from dpscale.state import Statistics, TrainState, moved_average
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +38,8 @@ class Sums:
     """Each device's own partial sums of one logical step: nothing crosses devices before `finalize`.
 
     `gradient`: pytree like the parameters, float32, with a leading axis of one entry per device; `statistics`:
-    float32[devices, 5], the first five of `Statistics`.
+    float32[devices, 5], the first five of `Statistics`. With `reduce_every_accumulation` each device's `gradient` is
+    already the sum over all of them.
     """
 
     gradient: Any
@@ -82,7 +71,14 @@ class StepFunctions:
     zero_sums: Callable[[], Sums]
 
 
-def build_accumulate(mesh: Mesh, summed: Callable[..., ClippedSum], clip_norm: float, uses_key: bool):
+def build_accumulate(
+    mesh: Mesh,
+    summed: Callable[..., ClippedSum],
+    clip_norm: float,
+    uses_key: bool,
+    *,
+    reduce_every_accumulation: bool = False,
+):
     """The jitted `accumulate`: adds each device's clipped sum of its own rows to its own partial sum.
 
     Args:
@@ -90,6 +86,8 @@ def build_accumulate(mesh: Mesh, summed: Callable[..., ClippedSum], clip_norm: f
         clip_norm: only for the sensitive count of clipped rows.
         uses_key: whether the loss takes a key. Each row's key is the step's key with the row's data-set index folded
             in, so it does not change with the row's place in the batch.
+        reduce_every_accumulation: reduce each physical batch's sum at once, as ordinary data-parallel SGD does: for
+            comparison only; `finalize` must know.
     """
 
     def on_one_device(params, sums: Sums, table, rows: Rows, key: jax.Array) -> Sums:
@@ -107,7 +105,10 @@ def build_accumulate(mesh: Mesh, summed: Callable[..., ClippedSum], clip_norm: f
                 jnp.sum(jnp.where(counted, out.norms, 0.0)),
             ]
         )
-        gradient = jax.tree.map(lambda total, part: total + part[None], sums.gradient, out.grad_sum)
+        grad_sum = out.grad_sum
+        if reduce_every_accumulation:
+            grad_sum = cut(jax.lax.psum(join(grad_sum), DATA_AXIS), grad_sum)
+        gradient = jax.tree.map(lambda total, part: total + part[None], sums.gradient, grad_sum)
         return Sums(gradient, sums.statistics + statistics[None])
 
     mine, everywhere = P(DATA_AXIS), P()
@@ -122,28 +123,56 @@ def build_accumulate(mesh: Mesh, summed: Callable[..., ClippedSum], clip_norm: f
     return jax.jit(mapped, donate_argnums=(1,))
 
 
-def build_finalize(mesh: Mesh, plan: PrivacyPlan, optimizer: optax.GradientTransformation):
-    """The jitted `finalize`: the only reduction of the step, its only draw of noise, the public divisor, the update."""
+def build_finalize(
+    mesh: Mesh,
+    plan: PrivacyPlan,
+    optimizer: Any,
+    *,
+    sharded: bool = False,
+    reduce_every_accumulation: bool = False,
+    ema_decay: float | None = None,
+):
+    """The jitted `finalize`: the only reduction of the step, its only draw of noise, the public divisor, the update.
 
-    def reduce_once(sums: Sums, requests: jax.Array) -> jax.Array:
-        leaves = [leaf.reshape(-1) for leaf in (*jax.tree.leaves(sums.gradient), sums.statistics, requests)]
-        return jax.lax.psum(jnp.concatenate(leaves), DATA_AXIS)
+    Args:
+        optimizer: an optax transformation, or an `optimizer.Optimizer`, which `sharded` needs.
+        sharded: noise and optimizer on shards (`shard_update`), for a state that a sharded `Placement` made.
+        reduce_every_accumulation: the gradients are reduced already; only statistics and requests are left to reduce.
+        ema_decay: also keep the average of the parameters; the state must have one.
+    """
+    if sharded and reduce_every_accumulation:
+        raise InputError("update_sharding and reduce_every_accumulation exclude each other: choose one of them")
+    update = shard_update if sharded else partial(_whole_update, reduced=reduce_every_accumulation)
 
     def finalize(state: TrainState, sums: Sums, requests: jax.Array, noise_key: jax.Array):
-        reduced = jax.shard_map(
-            reduce_once, mesh=mesh, in_specs=(P(DATA_AXIS), P(DATA_AXIS)), out_specs=P(), check_vma=False
-        )(sums, requests)
-        total, statistics = jnp.split(reduced, [reduced.size - len(Statistics._fields)])
-        if plan.enabled:
-            total = add_gaussian_noise(total, noise_key, jnp.float32(plan.noise_stddev))
-        gradient = _like(state.params, total / jnp.float32(plan.expected_batch_size))
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state, statistics = update(mesh, plan, optimizer, state, sums, requests, noise_key)
+        ema = None if ema_decay is None else moved_average(state.ema, params, state.step, ema_decay)
         zeros = jax.tree.map(jnp.zeros_like, sums)
-        return TrainState(state.step + 1, params, opt_state), zeros, statistics
+        return TrainState(state.step + 1, params, opt_state, ema), zeros, statistics
 
     everywhere, mine = replicated(mesh), split(mesh)
-    return jax.jit(finalize, donate_argnums=(0, 1), out_shardings=(everywhere, mine, everywhere))
+    # A sharded state lies as its parts say that come from shard_map; out_shardings would need its structure.
+    return jax.jit(finalize, donate_argnums=(0, 1), out_shardings=(None if sharded else everywhere, mine, everywhere))
+
+
+def _whole_update(mesh: Mesh, plan: PrivacyPlan, optimizer: Any, state, sums: Sums, requests, noise_key, *, reduced):
+    """Every device draws the whole noise and updates everything, alike: (params, opt_state, statistics)."""
+
+    def reduce_once(sums: Sums, requests: jax.Array) -> jax.Array:
+        if reduced:
+            riders = jax.lax.psum(join((sums.statistics, requests)), DATA_AXIS)
+            return jnp.concatenate([join(sums.gradient), riders])
+        return jax.lax.psum(join((sums.gradient, sums.statistics, requests)), DATA_AXIS)
+
+    vector = jax.shard_map(
+        reduce_once, mesh=mesh, in_specs=(P(DATA_AXIS), P(DATA_AXIS)), out_specs=P(), check_vma=False
+    )(sums, requests)
+    total, statistics = jnp.split(vector, [vector.size - len(Statistics._fields)])
+    if plan.enabled:
+        total = add_gaussian_noise(total, noise_key, jnp.float32(plan.noise_stddev))
+    gradient = cut(total / jnp.float32(plan.expected_batch_size), state.params)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state, statistics
 
 
 def compile_steps(accumulate, finalize, mesh: Mesh, state: TrainState, table: Any, rows: Rows) -> StepFunctions:
@@ -169,12 +198,3 @@ def requests_array(mesh: Mesh, *, stop: bool, save: bool) -> jax.Array:
 def _zeros(params: Any, devices: int) -> Sums:
     gradient = jax.tree.map(lambda leaf: jnp.zeros((devices, *leaf.shape), jnp.float32), params)
     return Sums(gradient, jnp.zeros((devices, 5), jnp.float32))
-
-
-def _like(params: Any, flat: jax.Array) -> Any:
-    """Cut the flat vector into leaves of the parameters' shapes; the order is the one in which they were joined."""
-    leaves, treedef = jax.tree.flatten(params)
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = jnp.split(flat, ends)
-    cut = [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, cut)

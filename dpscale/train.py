@@ -23,20 +23,20 @@ from dpscale.distributed import Membership, check_agreement, decided_by_process_
 from dpscale.errors import InputError
 from dpscale.evaluate import Evaluator
 from dpscale.feed import Feed, blank_rows
-from dpscale.gradients import compiled_steps
+from dpscale.gradients import compiled_steps, make_placement
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
-from dpscale.mesh import data_mesh, place_replicated, replicated
+from dpscale.mesh import data_mesh
 from dpscale.metrics.recorder import Recorder
-from dpscale.optimizer import learning_rate_schedule, make_optimizer
+from dpscale.optimizer import learning_rate_schedule
 from dpscale.physical_batch import physical_batch_size
 from dpscale.privacy.ledger import Ledger
 from dpscale.program import program_facts
 from dpscale.replicas import ReplicaCheck
+from dpscale.restore import restore
 from dpscale.run_directory import RunDirectory
 from dpscale.sampling import PoissonSampler
 from dpscale.session import Briefing, ledger_facts, open_session
-from dpscale.state import TrainState
 from dpscale.step import requests_array
 from dpscale.stopping import StopRequests
 from dpscale.task import Task, build_task, example_shapes
@@ -216,21 +216,16 @@ class _Run:
             data=self.config.data,
         )
         self.stack.callback(self.feed.close)
-        optimizer = make_optimizer(self.config.optimizer, self.plan.steps)
+        placement = make_placement(self.config, self.plan, self.mesh)
         self.schedule = learning_rate_schedule(self.config.optimizer, self.plan.steps)
-        state = TrainState.create(self.task.params, optimizer)
         if self.briefing.restore:
-            everywhere = replicated(self.mesh)
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
-            self.state = self.checkpoints.restore(self.briefing.start_step, abstract)
+            self.state = restore(self.checkpoints, self.briefing.start_step, placement, self.task.params)
             self.saved_step = self.briefing.start_step
             self.report(f"resumed from the checkpoint of step {self.briefing.start_step}")
         else:
-            self.state = place_replicated(self.mesh, state)
+            self.state = placement.create(self.task.params)
         rows = blank_rows(self.mesh, self.source, layout, self.config.data)
-        self.functions = compiled_steps(
-            self.config, self.plan, self.task, optimizer, self.mesh, self.state, self.feed.table, rows
-        )
+        self.functions = compiled_steps(self.config, self.plan, self.task, placement, self.state, self.feed.table, rows)
         self.check_replicas = ReplicaCheck(self.mesh)
         if self.held_out is not None:
             self.evaluator = Evaluator(self.mesh, self.task.metrics, self.held_out, rows_per_device)

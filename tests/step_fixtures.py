@@ -16,7 +16,9 @@ from dpscale.baseline import summed_grad
 from dpscale.chacha import key_words
 from dpscale.clipping import clipped_grad
 from dpscale.data.transforms import id_words
-from dpscale.mesh import data_mesh, place_replicated, place_rows
+from dpscale.mesh import data_mesh, place_rows
+from dpscale.optimizer import Optimizer
+from dpscale.placement import Placement
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.state import TrainState
 from dpscale.step import Rows, Statistics, Sums, build_accumulate, build_finalize, compile_steps, requests_array
@@ -98,18 +100,33 @@ class Step:
         summed: Callable[..., Any] | None = None,
         method: Any = "materialize",
         uses_key: bool = False,
-        optimizer: optax.GradientTransformation | None = None,
+        optimizer: optax.GradientTransformation | Optimizer | None = None,
         feature_shape: tuple[int, ...] = (WIDTH,),
         table: dict[str, Any] | None = None,
+        sharded: bool = False,
+        reduce_every_accumulation: bool = False,
+        ema_decay: float | None = None,
     ) -> None:
         self.mesh, self.plan, self.params = mesh_of(devices), plan or make_plan(), params
-        self.optimizer = optimizer or capture()
+        optimizer = optimizer or capture()
+        self.optimizer = optimizer if isinstance(optimizer, Optimizer) else Optimizer(optimizer, optax.identity())
+        self.placement = Placement(self.mesh, self.optimizer, sharded=sharded, average=ema_decay is not None)
         self.physical_batch_size, self.feature_shape, self.table = physical_batch_size, feature_shape, table or {}
         clip_norm = self.plan.clip_norm or 1.0
         if summed is None and self.plan.enabled:
             summed = clipped_grad(loss, clip_norm=clip_norm, method=method)
-        self.jitted_accumulate = build_accumulate(self.mesh, summed or summed_grad(loss), clip_norm, uses_key)
-        self.jitted_finalize = build_finalize(self.mesh, self.plan, self.optimizer)
+        every = reduce_every_accumulation
+        self.jitted_accumulate = build_accumulate(
+            self.mesh, summed or summed_grad(loss), clip_norm, uses_key, reduce_every_accumulation=every
+        )
+        self.jitted_finalize = build_finalize(
+            self.mesh,
+            self.plan,
+            self.optimizer,
+            sharded=sharded,
+            reduce_every_accumulation=every,
+            ema_decay=ema_decay,
+        )
 
     @property
     def rows_at_once(self) -> int:
@@ -122,7 +139,7 @@ class Step:
         )
 
     def new_state(self) -> TrainState:
-        return place_replicated(self.mesh, TrainState.create(self.params, self.optimizer))
+        return self.placement.create(self.params)
 
     def rows(self, features: Sequence[Any], labels: Sequence[float] | None = None, filler: float = 0.0) -> list[Rows]:
         """Physical batches that hold these examples; `filler` is what padding holds. At least one batch."""
@@ -175,4 +192,4 @@ class Step:
     def gradient(self, batches: Sequence[Rows] = (), key: bytes = KEY) -> np.ndarray:
         """What reaches the optimizer, as one vector; for steps made with `capture()`."""
         state, _ = self(batches, key=key)
-        return flat(state.opt_state)
+        return flat(state.opt_state)[: flat(self.params).size]

@@ -30,6 +30,7 @@ from dpscale.chacha import key_words
 from dpscale.clipping import ROUNDING_SLACK
 from dpscale.errors import InputError
 from dpscale.noise import standard_normal
+from dpscale.optimizer import Optimizer
 from dpscale.state import TrainState
 from dpscale.step import Statistics, Sums, requests_array
 
@@ -66,12 +67,15 @@ def collectives(compiled_text: str) -> list[tuple[str, str]]:
 
 
 def check_reductions(step: Step) -> None:
+    """float32, so four bytes each: the parameters and seven statistics (and padding to equal shards), nothing else."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(step.params))
     assert collectives(step.functions.accumulate.as_text()) == []
-    ((operation, kind),) = collectives(step.functions.finalize.as_text())
-    assert operation == "all-reduce"
-    # float32, so four bytes each: the parameters and seven statistics, nothing else.
-    assert re.sub(r"\{.*\}", "", kind) == f"f32[{parameters + len(Statistics._fields)}]"
+    found = [(name, re.sub(r"\{.*\}", "", kind)) for name, kind in collectives(step.functions.finalize.as_text())]
+    if not step.placement.sharded:
+        assert found == [("all-reduce", f"f32[{parameters + 7}]")]
+        return
+    shard = -(-(parameters + 7) // step.mesh.size)
+    assert found == [("reduce-scatter", f"f32[{shard}]"), ("all-gather", f"f32[{shard * step.mesh.size}]")]
 
 
 def test_finalize_has_exactly_one_reduction_of_parameters_and_statistics_and_accumulate_has_none():
@@ -83,12 +87,56 @@ def test_an_optimizer_with_state_and_the_engine_of_choice_add_no_collective():
     check_reductions(nonlinear(8, "auto"))
 
 
+def test_on_shards_there_is_one_reduce_scatter_and_one_all_gather():
+    check_reductions(nonlinear(8, "auto", sharded=True))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("accumulations", [1, 50])
+def test_a_whole_logical_step_reduces_once_whatever_the_number_of_accumulations(accumulations, sharded):
+    step = Step(devices=8, physical_batch_size=1, sharded=sharded)
+
+    def logical_step(state, sums, rows, requests):
+        for _ in range(accumulations):
+            sums = step.jitted_accumulate(state.params, sums, {}, rows, np.zeros(2, np.uint32))
+        return step.jitted_finalize(state, sums, requests, key_words(KEY))
+
+    requests = requests_array(step.mesh, stop=False, save=False)
+    arguments = (step.new_state(), step.functions.zero_sums(), step.rows([])[0], requests)
+    text = jax.jit(logical_step).lower(*arguments).compile().as_text()
+    names = [name for name, _ in collectives(text)]
+    assert names == (["reduce-scatter", "all-gather"] if sharded else ["all-reduce"])
+
+
+def test_the_switch_to_reduce_every_accumulation_reduces_the_gradients_there_and_only_there():
+    step = Step(devices=8, reduce_every_accumulation=True)
+    found = [collectives(function.as_text()) for function in (step.functions.accumulate, step.functions.finalize)]
+    assert [[(name, re.sub(r"\{.*\}", "", kind)) for name, kind in each] for each in found] == [
+        [("all-reduce", f"f32[{WIDTH}]")],
+        [("all-reduce", "f32[7]")],
+    ]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_reducing_every_accumulation_gives_the_same_step(devices):
+    examples = np.random.default_rng(1).standard_normal((37, WIDTH))
+    once, often = (Step(devices=devices, reduce_every_accumulation=every) for every in (False, True))
+    expected, statistics = once(once.rows(examples), stop=True)
+    got, found = often(often.rows(examples), stop=True)
+    # 37 terms of at most 1 in another order, and the noise's rounding.
+    np.testing.assert_allclose(flat(got.opt_state), flat(expected.opt_state), rtol=NOISE_RTOL, atol=37 * EPS)
+    np.testing.assert_allclose(found, statistics, rtol=1e-6)
+    empty, _ = often()
+    np.testing.assert_allclose(flat(empty.opt_state), flat(once()[0].opt_state), rtol=NOISE_RTOL)
+
+
 MANY_DEVICES = """
 import jax
 from step_fixtures import Step
 from test_step import check_reductions
 assert jax.device_count() == {devices}
 check_reductions(Step(devices={devices}, physical_batch_size=1))
+check_reductions(Step(devices={devices}, physical_batch_size=1, sharded=True))
 """
 
 
@@ -213,15 +261,16 @@ GARBAGE = [np.nan, np.inf, -np.inf, 1e38]
 
 
 @lru_cache
-def nonlinear(devices: int, method: str) -> Step:
+def nonlinear(devices: int, method: str, sharded: bool = False) -> Step:
     return Step(
+        sharded=sharded,
         devices=devices,
         physical_batch_size=4,
         params=curved_params(),
         loss=curved_loss,
         method=method,
         feature_shape=(6,),
-        optimizer=optax.adam(0.1),
+        optimizer=Optimizer(optax.scale_by_adam(), optax.scale_by_learning_rate(0.1)),
     )
 
 
@@ -280,9 +329,10 @@ def test_a_batch_of_bad_rows_only_is_an_empty_draw(devices, method):
 # What must not flow into the state
 
 
-def test_statistics_and_requests_never_touch_the_state():
+@pytest.mark.parametrize("sharded", [False, True])
+def test_statistics_and_requests_never_touch_the_state(sharded):
     """Identical noisy sums, every other fact about the data different: all state identical."""
-    step = nonlinear(8, "auto")
+    step = nonlinear(8, "auto", sharded)
     gradient = jax.tree.map(lambda leaf: jnp.ones((8, *leaf.shape), jnp.float32), step.params)
     everything = [np.full((8, 5), value) for value in (0.0, 1e9, np.nan, -np.inf)]
     states = []

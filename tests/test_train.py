@@ -101,6 +101,8 @@ def test_the_run_directory_is_its_owners_alone(plain):
         {"physical_batch_size": 64},
         {"physical_batch_size": 4, "clipping_method": "materialize"},
         {"physical_batch_size": 4, "clipping_method": "ghost"},
+        {"physical_batch_size": 2, "update_sharding": "sharded"},
+        {"physical_batch_size": 2, "reduce_every_accumulation": True},
     ],
     ids=str,
 )
