@@ -40,16 +40,32 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    train: str = Field("", description='"mnist5k/train", "digits/train", or a path to .npz, .npy or a folder')
+    train: str = Field("", description='"mnist5k/train", "digits/train", or a path: docs/data.md lists the formats')
     validation: str | None = Field(None, description="held-out examples, in the same forms as data.train")
     validation_is: Literal["public", "private"] | None = Field(
         None,
         description="whether held-out metrics may be shared; must be said where data.validation is given",
     )
-    features_key: str = Field("features", description="name of the features' array in an .npz file or folder")
-    labels_key: str = Field("labels", description="name of the labels' array in an .npz file or folder")
+    format: Literal["auto", "arrays", "array_record", "image_folder", "parquet", "cifar", "tokens", "tsv"] = Field(
+        "auto", description='what data.train is; "auto": seen from the path'
+    )
+    features_key: str = Field("features", description="name of the features' array or column")
+    labels_key: str = Field("labels", description="name of the labels' array or column")
     num_classes: PositiveInt | None = Field(
         None, description="number of classes; a constant that you know, never counted from private labels"
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="images reach the model with this many pixels on each side"
+    )
+    image_resize: PositiveInt | None = Field(
+        None, description="shorter side before the centre crop to image_size, when decoding; default image_size"
+    )
+    sequence_length: PositiveInt | None = Field(None, description="tokens of one example; longer texts are cut")
+    vocabulary_size: PositiveInt | None = Field(None, description="token ids lie below; a public constant")
+    token_dtype: Literal["uint16", "uint32"] = Field("uint16", description="of a memory-mapped token file")
+    tokenizer: str = Field("bytes", description='"bytes", or the path of a Hugging Face tokenizer.json')
+    on_corrupt: Literal["error", "replace"] = Field(
+        "error", description='an unreadable example: "replace" keeps its index and lets it contribute nothing'
     )
     residence: Literal["host", "device"] = Field(
         "host", description='"device" keeps the whole data set in device memory'
@@ -59,6 +75,9 @@ class DataSection(Section):
     std: list[Positive] | None = Field(None, description="divides after subtracting data.mean; a public constant")
     random_flip: bool = Field(False, description="mirror images left-right with probability 1/2")
     random_crop_padding: int = Field(0, ge=0, description="pad by this many pixels and crop back at a random place")
+    augmentation_multiplicity: PositiveInt = Field(
+        1, description="views of each example; their gradients are averaged before the clip"
+    )
 
     @model_validator(mode="after")
     def _held_out(self):
@@ -66,6 +85,16 @@ class DataSection(Section):
             raise ValueError(
                 "data.validation is given but data.validation_is is not: the guarantee covers training records only, "
                 'so say validation_is = "public" (metrics may be shared) or "private" (they stay sensitive)'
+            )
+        if self.image_resize is not None and self.image_resize < (self.image_size or 1):
+            raise ValueError(
+                f"data.image_resize={self.image_resize} is below data.image_size={self.image_size}: the crop would not "
+                "fit into the resized image"
+            )
+        if self.augmentation_multiplicity > 1 and not (self.random_flip or self.random_crop_padding):
+            raise ValueError(
+                f"data.augmentation_multiplicity={self.augmentation_multiplicity} without augmentation costs as many "
+                "passes over equal views: set data.random_flip or data.random_crop_padding, or leave it out"
             )
         return self
 

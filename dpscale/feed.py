@@ -39,7 +39,10 @@ class Feed:
     ) -> None:
         self._mesh, self._sampler, self._attempt = mesh, sampler, attempt
         resident = data.residence == "device"
-        self.table: Resident = load_resident(source, replicated(mesh)) if resident else {}
+        self.table: Resident = {}
+        readable = None
+        if resident:
+            self.table, readable = load_resident(source, replicated(mesh))
         self._loader = Loader(
             source,
             sampler,
@@ -51,6 +54,7 @@ class Feed:
             attempt=attempt,
             num_threads=data.num_threads,
             resident=resident,
+            readable=readable,
         )
         self._steps = iter(self._loader)
 

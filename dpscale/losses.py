@@ -40,22 +40,26 @@ def mean_squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def classification_loss(
-    apply: Callable[..., jax.Array], transform: Transform | None = None, *, label_smoothing: float = 0.0
+    apply: Callable[..., jax.Array],
+    transform: Transform | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    views: int = 1,
 ) -> Loss:
-    """`loss(params, example, key)`: softmax cross entropy of one example.
+    """`loss(params, example, key)`: softmax cross entropy of one example, the mean over `views` augmentations of it.
 
     apply: a `Functional.apply`. transform: a `dpscale.data.transforms.Transform`. The key is split between
     augmentation and dropout; key None means neither. Weight decay does not belong here: inside the clipped
     gradient it would use up the clip norm. Set `optimizer.weight_decay`, which is applied after clipping.
     """
     return per_example_loss(
-        apply, lambda logits, label: softmax_cross_entropy(logits, label, label_smoothing), transform
+        apply, lambda logits, label: softmax_cross_entropy(logits, label, label_smoothing), transform, views
     )
 
 
-def regression_loss(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Loss:
+def regression_loss(apply: Callable[..., jax.Array], transform: Transform | None = None, *, views: int = 1) -> Loss:
     """`loss(params, example, key)`: mean squared error of one example; see `classification_loss`."""
-    return per_example_loss(apply, mean_squared_error, transform)
+    return per_example_loss(apply, mean_squared_error, transform, views)
 
 
 def binary_loss(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Loss:
@@ -67,12 +71,24 @@ def per_example_loss(
     apply: Callable[..., jax.Array],
     criterion: Callable[[jax.Array, jax.Array], jax.Array],
     transform: Transform | None = None,
+    views: int = 1,
 ) -> Loss:
-    """`loss(params, example, key)` from a model, a `criterion(output, label) -> scalar` and a transform."""
+    """`loss(params, example, key)` from a model, a `criterion(output, label) -> scalar` and a transform.
 
-    def loss(params: Any, example: Example, key: jax.Array | None = None) -> jax.Array:
+    With `views` = K > 1 it is the mean over K views of the example, each augmented (and dropped out) with a key of its
+    own. Its gradient is the mean of the views' gradients, which is then clipped once, so K changes no sensitivity
+    (De et al. 2022, arXiv 2204.13650, section 3.2). The views are one more axis inside the example: no other example
+    comes near them. Without a key there is one view, the example as it is.
+    """
+
+    def of_view(params: Any, example: Example, key: jax.Array | None) -> jax.Array:
         output = _output(apply, transform, params, example["features"], key)
         return criterion(output, example["label"])
+
+    def loss(params: Any, example: Example, key: jax.Array | None = None) -> jax.Array:
+        if key is None or views == 1:
+            return of_view(params, example, key)
+        return jnp.mean(jax.vmap(of_view, (None, None, 0))(params, example, jax.random.split(key, views)))
 
     return loss
 

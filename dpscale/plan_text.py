@@ -20,13 +20,12 @@ def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
         measure: also compile the step functions and time them on rows of zeros; reads no training example.
     """
     from dpscale.data.open import open_source
+    from dpscale.data.options import SourceOptions
 
     data = config.data
     if not data.train:
         raise InputError("data.train is not set: name a data set in the config")
-    source = open_source(
-        data.train, features_key=data.features_key, labels_key=data.labels_key, num_classes=data.num_classes
-    )
+    source = open_source(data.train, SourceOptions.from_config(data))
     plan = PrivacyPlan.from_config(config, num_examples=len(source))
     yield from _privacy_lines(plan)
     physical = config.performance.physical_batch_size

@@ -53,6 +53,12 @@ def build_task(
 
     Raises: InputError where model and loss do not fit together, or a model works across examples.
     """
+    views = config.data.augmentation_multiplicity
+    if loss is not None and views > 1:
+        raise InputError(
+            f"data.augmentation_multiplicity={views} belongs to dpscale's own losses, but a loss was given, which "
+            "augments by itself: leave it out, and average over the views in your loss"
+        )
     if _is_params(model):
         if loss is None:
             raise InputError("model is a pytree of parameters, so loss must be given: loss(params, example) -> scalar")
@@ -68,9 +74,11 @@ def build_task(
     if loss is not None:
         return _own_loss(functional.params, loss)
     if metadata.label_kind == "class":
-        own = classification_loss(functional.apply, transform, label_smoothing=config.training.label_smoothing)
+        own = classification_loss(
+            functional.apply, transform, label_smoothing=config.training.label_smoothing, views=views
+        )
         return Task(functional.params, own, True, classification_metrics(functional.apply, transform))
-    own = regression_loss(functional.apply, transform)
+    own = regression_loss(functional.apply, transform, views=views)
     return Task(functional.params, own, True, regression_metrics(functional.apply, transform))
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from dpscale.batching import run_layout
 from dpscale.checkpoint import Checkpoints
 from dpscale.config import RunConfig, load_config
-from dpscale.data.open import as_source, open_source
+from dpscale.data.open import as_source, check_alike, open_source
+from dpscale.data.options import SourceOptions
 from dpscale.data.source import ExampleSource
 from dpscale.distributed import Membership, check_agreement, decided_by_process_zero, initialize, is_main
 from dpscale.errors import InputError
@@ -120,6 +121,7 @@ def train(
     held_out = None
     if validation_data is not None or config.data.validation:
         held_out = find_source(config, validation_data, config.data.validation or "", "validation")
+        check_alike(source, held_out)
     task = build_task(config, source.metadata, model, loss)
     with ExitStack() as stack:
         stops.install()  # again: jax.distributed has taken SIGTERM
@@ -228,7 +230,8 @@ class _Run:
         self.functions = compiled_steps(self.config, self.plan, self.task, placement, self.state, self.feed.table, rows)
         self.check_replicas = ReplicaCheck(self.mesh)
         if self.held_out is not None:
-            self.evaluator = Evaluator(self.mesh, self.task.metrics, self.held_out, rows_per_device)
+            threads = self.config.data.num_threads
+            self.evaluator = Evaluator(self.mesh, self.task.metrics, self.held_out, rows_per_device, threads)
         self.metrics.recover(self.briefing.start_step if self.briefing.restore else None, self.briefing.attempt)
 
     def _physical_batch_size(self) -> int:
@@ -397,8 +400,7 @@ def find_source(config: RunConfig, given: Any, spec: str, which: str) -> Example
         return as_source(given, num_classes=config.data.num_classes)
     if not spec:
         raise InputError(f"data.{which} is not set and no {which}_data was given: name a data set in the config")
-    data = config.data
-    return open_source(spec, features_key=data.features_key, labels_key=data.labels_key, num_classes=data.num_classes)
+    return open_source(spec, SourceOptions.from_config(config.data))
 
 
 def _configure_jax(config: RunConfig) -> None:

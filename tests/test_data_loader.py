@@ -138,7 +138,8 @@ def test_a_caller_that_leaves_a_step_early_gets_the_next_one_whole():
 
 def test_resident_data_give_the_same_examples():
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    resident = load_resident(SOURCE, NamedSharding(mesh, PartitionSpec()))
+    resident, readable = load_resident(SOURCE, NamedSharding(mesh, PartitionSpec()))
+    assert readable is None
     assert resident["features"].dtype == jnp.uint8
     assert resident["features"].sharding.is_fully_replicated
     fetch = jax.jit(gather)

@@ -23,7 +23,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
 
 
 def section(**options):
-    defaults = {"mean": None, "std": None, "random_flip": False, "random_crop_padding": 0}
+    defaults = {"mean": None, "std": None, "random_flip": False, "random_crop_padding": 0, "image_size": None}
     return SimpleNamespace(**{**defaults, **options})
 
 

@@ -1,12 +1,19 @@
 """Examples held in NumPy arrays: given from Python, in an .npz file, or memory-mapped from .npy files."""
 
-import mmap
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from dpscale.data.source import FEATURES, LABEL, Batch, SourceMetadata, check_class_labels, content_digest
+from dpscale.data.source import (
+    FEATURES,
+    LABEL,
+    Batch,
+    SourceMetadata,
+    check_class_labels,
+    content_digest,
+    expect_scattered_reads,
+)
 from dpscale.errors import InputError
 
 # What jax takes without 64-bit mode goes through as stored; the wider types are narrowed row by row.
@@ -150,7 +157,7 @@ def open_npy_pair(features: Path, labels: Path, *, num_classes: int | None = Non
     """
     name = str(features.parent) if features.parent == labels.parent else str(features)
     rows = _map(features)
-    _expect_scattered_reads(rows)
+    expect_scattered_reads(rows)
     return ArraySource(rows, _map(labels), num_classes=num_classes, name=name)
 
 
@@ -164,17 +171,6 @@ def _map(path: Path) -> np.ndarray:
         raise
     except (OSError, ValueError, EOFError) as error:
         raise InputError(_unreadable(path, error)) from error
-
-
-def _expect_scattered_reads(array: np.ndarray) -> None:
-    """Tells the system not to read ahead around small rows: a Poisson draw takes rows from all over the file.
-
-    Rows of many pages keep the read-ahead, which then fetches the row's own next pages.
-    """
-    mapping = array.base
-    small = array.nbytes // max(1, len(array)) <= 4 * mmap.PAGESIZE
-    if isinstance(mapping, mmap.mmap) and small and hasattr(mmap, "MADV_RANDOM"):
-        mapping.madvise(mmap.MADV_RANDOM)
 
 
 def _check_format(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dpscale.batching import BatchLayout
-from dpscale.data.source import Batch, ExampleSource, empty_rows
+from dpscale.data.source import VALID, Batch, ExampleSource, empty_rows
 from dpscale.errors import InputError
 
 # A pipeline has a length; steps without an end get one that is never reached.
@@ -43,7 +43,8 @@ class EveryExample:
 class PhysicalBatch:
     """This process's rows of one accumulation: as many each time, whatever was drawn.
 
-    ids: int64[m], the rows' indices in the data set, 0 where padded. mask: bool[m], False where padded.
+    ids: int64[m], the rows' indices in the data set, 0 where padded. mask: bool[m], False where padded, and
+    where the source gave zeros in place of an unreadable example (which keeps its index).
     arrays: what the device gets: {"features", "label"} rows as stored, zeros where padded; or {"index":
     int32[m]} when the data set lives on the device (`dpscale.data.resident.gather` turns either into
     examples).
@@ -87,6 +88,7 @@ class Loader:
     this process's places in the mesh. planned_accumulations: K, the physical batches of a step that are read
     ahead; a larger draw is still loaded whole, its rest by the caller's own thread. prefetch: physical
     batches in memory at most, by default num_threads + 2. resident: give indices instead of rows.
+    readable: bool[N], with `resident`: which examples could be read when the data set was put on the device.
 
     Guarantees: over all processes, the ids of a step are exactly its draw, each once. What step t gives does
     not depend on start_step (starting there costs nothing), K, threads or prefetch. Memory is O(prefetch *
@@ -110,6 +112,7 @@ class Loader:
         num_threads: int = 4,
         prefetch: int | None = None,
         resident: bool = False,
+        readable: np.ndarray | None = None,
     ):
         if draws.num_examples != len(source):
             raise InputError(
@@ -124,7 +127,12 @@ class Loader:
         self._prefetch = num_threads + 2 if prefetch is None else max(1, prefetch)
         kept_steps = self._prefetch // self._planned + 3
         self._reader = _Reader(
-            source, layout, device_positions, _DrawCache(draws, attempt, kept_steps), resident=resident
+            source,
+            layout,
+            device_positions,
+            _DrawCache(draws, attempt, kept_steps),
+            resident=resident,
+            readable=readable,
         )
 
     def __enter__(self) -> "Loader":
@@ -221,10 +229,11 @@ class _Reader:
         draws: _DrawCache,
         *,
         resident: bool,
+        readable: np.ndarray | None,
     ):
         self.layout = layout
         self._source, self._positions, self._draws = source, tuple(device_positions), draws
-        self._resident = resident
+        self._resident, self._readable = resident, readable
         self._idle = threading.Condition()
         self._under_way = 0
         self._closed = False
@@ -255,8 +264,12 @@ class _Reader:
             return _Element(None, len(draw))
         ids, mask = self.layout.rows(draw, k, self._positions)
         if self._resident:
+            mask = mask if self._readable is None else mask & self._readable[ids]
             return _Element(PhysicalBatch(ids, mask, {"index": ids.astype(np.int32)}), len(draw))
-        return _Element(PhysicalBatch(ids, mask, self._rows(ids, mask)), len(draw))
+        rows = self._rows(ids, mask)
+        # An unreadable example is masked like padding: drawn, charged, and contributing exactly zero.
+        mask = mask & rows.pop(VALID, mask)
+        return _Element(PhysicalBatch(ids, mask, rows), len(draw))
 
     def _rows(self, ids: np.ndarray, mask: np.ndarray) -> Batch:
         read = self._source.rows(ids[mask])
@@ -266,6 +279,9 @@ class _Reader:
         padded = empty_rows(self._source.metadata, len(ids))
         for name, array in padded.items():
             array[mask] = read[name]
+        if VALID in read:
+            padded[VALID] = np.zeros(len(ids), bool)
+            padded[VALID][mask] = read[VALID]
         return padded
 
     def _check(self, read: Batch, count: int) -> None:
@@ -279,3 +295,8 @@ class _Reader:
                     f"{promised.dtype}{list(shape)}: "
                     "correct rows() or metadata"
                 )
+        if VALID in read and (read[VALID].shape != (count,) or read[VALID].dtype != bool):
+            raise InputError(
+                f"the source {metadata.name} gave {read[VALID].dtype}{list(read[VALID].shape)} for {VALID!r}: "
+                f"it must be bool[{count}]"
+            )

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpscale.data.source import Batch, ExampleSource
+from dpscale.data.source import VALID, Batch, ExampleSource
 from dpscale.errors import InputError
 
 Resident = dict[str, jax.Array]  # whole arrays on the device; empty when rows come from the host
 
 
-def load_resident(source: ExampleSource, sharding: jax.sharding.Sharding | None = None) -> Resident:
+def load_resident(
+    source: ExampleSource, sharding: jax.sharding.Sharding | None = None
+) -> tuple[Resident, np.ndarray | None]:
     """The whole data set on the device(s), as stored: {"features": dtype[N, ...], "label": dtype[N, ...]}.
+
+    With it, bool[N]: which examples could be read (for the loader's mask), or None where all were.
 
     sharding: where to; normally replicated over the mesh (every process calls this with the same data). Pass
     the result to jitted functions as an argument, never through a closure: closed-over arrays end up in the
@@ -30,9 +34,10 @@ def load_resident(source: ExampleSource, sharding: jax.sharding.Sharding | None 
     row_bytes = metadata.feature_dtype.itemsize * int(np.prod(metadata.feature_shape))
     _check_memory(count * row_bytes, metadata.name, sharding)
     arrays = source.rows(np.arange(count, dtype=np.int64))
+    readable = arrays.pop(VALID, None)
     if sharding is None:
-        return {name: jnp.asarray(array) for name, array in arrays.items()}
-    return {name: _place(array, sharding) for name, array in arrays.items()}
+        return {name: jnp.asarray(array) for name, array in arrays.items()}, readable
+    return {name: _place(array, sharding) for name, array in arrays.items()}, readable
 
 
 def gather(resident: Resident, arrays: Batch | dict[str, jax.Array]) -> dict[str, Any]:

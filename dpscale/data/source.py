@@ -1,6 +1,7 @@
 """ExampleSource: a data set as random access to rows, and the checks that every source shares."""
 
 import hashlib
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -11,6 +12,7 @@ from dpscale.errors import InputError
 
 FEATURES = "features"
 LABEL = "label"
+VALID = "valid"
 Batch = dict[str, np.ndarray]
 
 
@@ -19,23 +21,31 @@ class SourceMetadata:
     """What is public about a data set besides its size: shapes, types and constants of the format.
 
     `feature_shape` and `feature_dtype` are one example's, as `rows` returns it. `label_kind` is "class"
-    (int32 scalar in [0, num_classes)) or "value" (float32 of `label_shape`). `num_classes` is None where
-    nobody said it: it is never counted from the labels, which are private. `full_scale` is the largest value
+    (int32 scalar in [0, num_classes)), "value" (float32 of `label_shape`) or "tokens" (int32 of `label_shape`
+    [T]: the token that follows each of the T tokens of the features). `num_classes` is None where
+    nobody said it: it is never counted from the labels, which are private; for "tokens" it is the
+    vocabulary's size. `full_scale` is the largest value
     that the format can hold (255 for 8-bit pixels, 1 for floating point); dividing by it gives [0, 1].
+    `class_names` are the classes in the order of their numbers, where the format names them.
+    `vocabulary_size`: features are token ids in [0, vocabulary_size); `padding_token` fills up short texts,
+    and a model must not attend to it. None where features are no tokens, or no text is short.
     """
 
     name: str
     feature_shape: tuple[int, ...]
     feature_dtype: np.dtype
-    label_kind: Literal["class", "value"]
+    label_kind: Literal["class", "value", "tokens"]
     num_classes: int | None = None
     label_shape: tuple[int, ...] = ()
     full_scale: float = 1.0
+    class_names: tuple[str, ...] | None = None
+    vocabulary_size: int | None = None
+    padding_token: int | None = None
 
     @property
     def label_dtype(self) -> np.dtype:
-        """dtype of the labels that `rows` returns: int32 for classes, float32 for values."""
-        return np.dtype(np.int32 if self.label_kind == "class" else np.float32)
+        """dtype of the labels that `rows` returns: int32 for classes and tokens, float32 for values."""
+        return np.dtype(np.float32 if self.label_kind == "value" else np.int32)
 
 
 @runtime_checkable
@@ -56,6 +66,10 @@ class ExampleSource(Protocol):
 
         Returns {"features": feature_dtype[n, *feature_shape], "label": label_dtype[n, *label_shape]}, new
         arrays that the caller may keep; n may be 0. Row i depends on record indices[i] alone.
+
+        A source that was told to replace unreadable examples (`data.on_corrupt = "replace"`) also returns
+        {"valid": bool[n]}, False where it gives zeros in place of an example. Such a row keeps its index and
+        must add nothing: whoever reads rows joins "valid" to the mask. How many there are is sensitive.
         """
         ...
 
@@ -107,6 +121,17 @@ def _blocks(array: np.ndarray, whole: bool) -> Iterator[np.ndarray]:
         chosen = np.unique(np.linspace(0, len(array) - 1, SAMPLED_ROWS).astype(np.int64))
         for start in range(0, len(chosen), rows_at_once):
             yield array[chosen[start : start + rows_at_once]]
+
+
+def expect_scattered_reads(array: np.ndarray) -> None:
+    """Tells the system not to read ahead around small rows: a Poisson draw takes rows from all over the file.
+
+    Rows of many pages keep the read-ahead, which then fetches the row's own next pages.
+    """
+    mapping = array.base
+    small = array.nbytes // max(1, len(array)) <= 4 * mmap.PAGESIZE
+    if isinstance(mapping, mmap.mmap) and small and hasattr(mmap, "MADV_RANDOM"):
+        mapping.madvise(mmap.MADV_RANDOM)
 
 
 def check_class_labels(labels: np.ndarray, num_classes: int | None, name: str) -> None:

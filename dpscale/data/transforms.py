@@ -19,7 +19,7 @@ class Transform:
 
     In this order: divide by `full_scale`; subtract `mean` and divide by `std` (one number, or one per
     channel); mirror with probability 1/2; pad by `crop_padding` pixels with what a black pixel became and
-    crop back at a random place.
+    crop back at a random place; resize to `size` pixels on each side (bilinear, anti-aliased), where it is given.
 
     Guarantees: the result depends on this example, the constants here and the key alone, so that changing one
     record changes no other record's features. Constants must be public: a mean counted from the training data
@@ -32,14 +32,18 @@ class Transform:
     flip: bool = False
     crop_padding: int = 0
     tokens: bool = False
+    size: int | None = None
 
     def __call__(self, features: jax.Array, key: jax.Array | None) -> jax.Array:
-        """One example, features[...] -> float32[...] of the same shape."""
+        """One example, features[...] -> float32[...] of the same shape, or [size, size, C]."""
         if self.tokens:
             return features.astype(jnp.int32)
         x = self._normalise(features.astype(jnp.float32))
-        if key is None or not (self.flip or self.crop_padding):
-            return x
+        if key is not None and (self.flip or self.crop_padding):
+            x = self._augment(x, key)
+        return x if self.size is None else jax.image.resize(x, (self.size, self.size, x.shape[-1]), "linear")
+
+    def _augment(self, x: jax.Array, key: jax.Array) -> jax.Array:
         flip_key, crop_key = jax.random.split(key)
         if self.flip:
             x = random_flip(x, flip_key)
@@ -78,6 +82,7 @@ def build_transform(config: Any, metadata: SourceMetadata) -> Transform:
             "an example has shape "
             f"{shape}: leave them out"
         )
+    size = _resized_side(config.image_size, shape)
     kind = metadata.feature_dtype.kind
     tokens = kind == "i"
     if tokens and (config.mean is not None or config.std is not None):
@@ -92,6 +97,7 @@ def build_transform(config: Any, metadata: SourceMetadata) -> Transform:
         flip=config.random_flip,
         crop_padding=crop,
         tokens=tokens,
+        size=size,
     )
 
 
@@ -129,6 +135,19 @@ def id_words(ids: np.ndarray) -> np.ndarray:
     mode."""
     ids = np.asarray(ids, np.int64)
     return np.stack([ids >> 32, ids & 0xFFFFFFFF], axis=-1).astype(np.uint32)
+
+
+def _resized_side(size: int | None, shape: tuple[int, ...]) -> int | None:
+    """What images of `shape` are resized to on the device; None where they have that size as stored."""
+    if size is None or shape[:2] == (size, size):
+        return None
+    if len(shape) != 3 or shape[0] != shape[1]:
+        raise InputError(
+            f"data.image_size={size} is for square images [side, side, channels] (or compressed "
+            "ones, which are cropped), "
+            f"but an example has shape {shape}: leave it out"
+        )
+    return size
 
 
 def _scalar_or_channels(values: Sequence[float]) -> float | list[float]:
