@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dpscale.cli_audit import register as register_audit
 from dpscale.cli_cluster import register
 from dpscale.config import describe_keys, load_config
 from dpscale.errors import InputError
@@ -162,3 +163,4 @@ def _sampling_rate(rate: float | None, batch_size: float | None, examples: int |
 
 
 register(app)
+register_audit(app)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dpscale.batching import BatchLayout
 from dpscale.config import RunConfig
 from dpscale.data.source import ExampleSource, empty_rows
+from dpscale.distributed import decided_by_process_zero
 from dpscale.errors import InputError
 from dpscale.gradients import gradient_sum
 from dpscale.privacy.plan import PrivacyPlan
@@ -42,6 +43,19 @@ def physical_batch_size(
     waste = {rows: BatchLayout(rows, num_devices).expected_padding_waste(sampler) for rows in fitting}
     small = [rows for rows in fitting if waste[rows] <= ACCEPTED_PADDING]
     return max(small) if small else min(fitting, key=lambda rows: waste[rows])
+
+
+def agreed_physical_batch_size(
+    config: RunConfig, plan: PrivacyPlan, task: Task, source: ExampleSource, num_devices: int
+) -> int:
+    """`physical_batch_size`, the same on every process, whatever memory each has free: process 0 decides."""
+    if config.performance.physical_batch_size != "auto":
+        return config.performance.physical_batch_size
+
+    def decide() -> dict[str, int]:
+        return {"rows": physical_batch_size(config, plan, task, source, num_devices)}
+
+    return decided_by_process_zero(decide)["rows"]
 
 
 def accumulate_bytes(config: RunConfig, plan: PrivacyPlan, task: Task, source: ExampleSource, rows: int) -> int:

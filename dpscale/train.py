@@ -30,7 +30,7 @@ from dpscale.loop import StepKeys, training_steps
 from dpscale.mesh import data_mesh
 from dpscale.metrics.recorder import Recorder
 from dpscale.optimizer import learning_rate_schedule
-from dpscale.physical_batch import physical_batch_size
+from dpscale.physical_batch import agreed_physical_batch_size
 from dpscale.privacy.ledger import Ledger
 from dpscale.program import program_facts
 from dpscale.replicas import ReplicaCheck
@@ -114,7 +114,7 @@ def train(
     config = config if isinstance(config, RunConfig) else load_config(config)
     stops, watchdog = stops or StopRequests(), watchdog or Watchdog.off()
     stops.install()
-    _configure_jax(config)
+    configure_jax(config)
     initialize(Membership.from_environment())
     directory = RunDirectory.at(run_dir or Path("runs") / config.run.name)
     source = find_source(config, train_data, config.data.train, "train")
@@ -235,16 +235,9 @@ class _Run:
         self.metrics.recover(self.briefing.start_step if self.briefing.restore else None, self.briefing.attempt)
 
     def _physical_batch_size(self) -> int:
-        """The same on every process, whatever memory each has free."""
-
-        def decide() -> dict[str, Any]:
-            size = physical_batch_size(self.config, self.plan, self.task, self.source, self.mesh.size)
-            return {"rows": size}
-
-        if self.config.performance.physical_batch_size != "auto":
-            return decide()["rows"]
-        rows = decided_by_process_zero(decide)["rows"]
-        self.report(f"physical batch: {rows} examples per device (performance.physical_batch_size = auto)")
+        rows = agreed_physical_batch_size(self.config, self.plan, self.task, self.source, self.mesh.size)
+        if self.config.performance.physical_batch_size == "auto":
+            self.report(f"physical batch: {rows} examples per device (performance.physical_batch_size = auto)")
         return rows
 
     def loop(self, *, progress: bool) -> None:
@@ -403,7 +396,7 @@ def find_source(config: RunConfig, given: Any, spec: str, which: str) -> Example
     return open_source(spec, SourceOptions.from_config(config.data))
 
 
-def _configure_jax(config: RunConfig) -> None:
+def configure_jax(config: RunConfig) -> None:
     """Settings that must come before the first use of a device."""
     if config.performance.deterministic and "xla_gpu_deterministic_ops" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"

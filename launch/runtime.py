@@ -1,4 +1,4 @@
-"""What runs inside each task, however it was launched: environment -> dpscale.train -> exit code."""
+"""What runs inside each task, however it was launched: environment -> train or audit -> exit code."""
 
 from __future__ import annotations
 
@@ -18,31 +18,39 @@ if TYPE_CHECKING:
     from dpscale.watchdog import Watchdog
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_CRASH, EXIT_WANTS_REQUEUE = 0, 2, 13, 75
+EXIT_VIOLATION = 1  # an audit refuted the claim
 # The end of process 0 aborts the others: they may first say what they have to say.
 PROCESS_ZERO_ENDS_LATER_S = 2.0
 
 
 @dataclass(frozen=True)
 class TaskArguments:
-    """The same for every process of a run. `logs`: each task writes to RUN/attempts/JOB.RESTART/rank-K.log."""
+    """The same for every process of a run. `logs`: each task writes to RUN/attempts/JOB.RESTART/rank-K.log.
+
+    `verb`: what the tasks do, one of VERBS; `options`: "name=value" each, for that verb alone.
+    """
 
     config: str
     overrides: tuple[str, ...]
     run_dir: str
     new_attempt: bool = False
     logs: bool = False
+    verb: str = "train"
+    options: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """Arguments of `python -m launch.runtime`."""
         return [
             *(["--new-attempt"] if self.new_attempt else []),
             *(["--logs"] if self.logs else []),
+            *([] if self.verb == "train" else ["--verb", self.verb]),
+            *(f"--option={option}" for option in self.options),
             *("--run-dir", self.run_dir, "--", self.config, *self.overrides),
         ]
 
 
 def run_task(arguments: TaskArguments) -> int:
-    """Train, and say how it ended; the process's exit code.
+    """Train (or what `verb` says), and say how it ended; the process's exit code.
 
     Raises: DpscaleError, in a process alone without log files. Otherwise the process ends here, without Python's exit
     hooks: among several, jax would wait for the others, and they for it.
@@ -63,7 +71,9 @@ def run_task(arguments: TaskArguments) -> int:
         membership = Membership.from_environment()
         alone = membership.num_processes == 1 and attempt is None
         crash_file = attempt.crash if attempt is not None else sys.stderr
-        code = _train(arguments, stops, Watchdog.off() if alone else Watchdog.from_environment(crash_file))
+        code = VERBS[arguments.verb](
+            arguments, stops, Watchdog.off() if alone else Watchdog.from_environment(crash_file)
+        )
         if membership.num_processes > 1:
             _leave_together()
     except DpscaleError as error:
@@ -94,6 +104,35 @@ def _train(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) ->
     if result.state == "finished":
         return EXIT_DONE
     return EXIT_WANTS_REQUEUE if result.wants_requeue else EXIT_DONE
+
+
+def _audit(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) -> int:
+    from pathlib import Path
+
+    from dpscale.audit import audit
+    from dpscale.audit.report import result_lines
+    from dpscale.config import load_config
+    from dpscale.distributed import is_main
+    from dpscale.privacy.plan import PrivacyPlan
+
+    given = dict(option.split("=", 1) for option in arguments.options)
+    result = audit(
+        load_config(arguments.config, arguments.overrides),
+        arguments.run_dir,
+        canaries=int(given["canaries"]),
+        steps=int(given["steps"]) if "steps" in given else None,
+        confidence=float(given["confidence"]),
+        plan=PrivacyPlan.from_json(Path(given["plan"]).read_text(encoding="utf-8")) if "plan" in given else None,
+        stops=stops,
+        watchdog=watchdog,
+    )
+    if is_main():
+        for line in result_lines(result):
+            print(line, flush=True)
+    return EXIT_VIOLATION if result.violation else EXIT_DONE
+
+
+VERBS = {"train": _train, "audit": _audit}
 
 
 def _leave_together() -> None:
@@ -158,15 +197,25 @@ def _summary(result, *, may_show_held_out: bool) -> list[str]:
 
 
 def main() -> None:
-    """`python -m launch.runtime [--new-attempt] [--logs] --run-dir DIR -- CONFIG [section.key=value ...]`."""
+    """`python -m launch.runtime [--new-attempt] [--logs] [--verb V] --run-dir DIR -- CONFIG [key=value ...]`."""
     parser = argparse.ArgumentParser(prog="launch.runtime")
     parser.add_argument("--new-attempt", action="store_true")
     parser.add_argument("--logs", action="store_true")
+    parser.add_argument("--verb", choices=list(VERBS), default="train")
+    parser.add_argument("--option", action="append", default=[])
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
-    arguments = TaskArguments(given.config, tuple(given.overrides), given.run_dir, given.new_attempt, given.logs)
+    arguments = TaskArguments(
+        given.config,
+        tuple(given.overrides),
+        given.run_dir,
+        given.new_attempt,
+        given.logs,
+        given.verb,
+        tuple(given.option),
+    )
     sys.exit(run_task(arguments))
 
 
