@@ -51,6 +51,9 @@ class DataSection(Section):
     )
     features_key: str = Field("features", description="name of the features' array or column")
     labels_key: str = Field("labels", description="name of the labels' array or column")
+    user_key: str | None = Field(
+        None, description='name of the array of user ids, for privacy.unit = "user"; needs an .npz file or folder'
+    )
     num_classes: PositiveInt | None = Field(
         None, description="number of classes; a constant that you know, never counted from private labels"
     )
@@ -192,7 +195,15 @@ class PrivacySection(Section):
         description="steps beyond the planned ones that the noise is calibrated for: so many may be charged on top "
         "(after a bad checkpoint or a changed program) before an allowed epsilon ends the run early",
     )
-    unit: str = Field("example", min_length=1, description="what one record is: printed with every guarantee")
+    unit: str = Field(
+        "example",
+        min_length=1,
+        description='what one record is: printed with every guarantee. "user": users are sampled and clipped, each '
+        "with all its records; other words only name the record",
+    )
+    max_examples_per_user: PositiveInt | None = Field(
+        None, description='for unit = "user": of more records than this, a random subset is used'
+    )
     neighboring_relation: Literal["zero_out", "add_or_remove", "replace_one"] = Field(
         "zero_out", description="which data sets are neighbours; zero_out keeps the number of examples public"
     )
@@ -284,6 +295,24 @@ class RunConfig(Section):
     performance: PerformanceSection = Field(default_factory=PerformanceSection)  # pyright: ignore[reportArgumentType]
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)  # pyright: ignore[reportArgumentType]
     metrics: MetricsSection = Field(default_factory=MetricsSection)  # pyright: ignore[reportArgumentType]
+
+    @model_validator(mode="after")
+    def _users_are_bounded(self):
+        by_user = self.privacy.unit == "user"
+        if by_user and self.privacy.max_examples_per_user is None:
+            raise ValueError(
+                'privacy.unit = "user" but privacy.max_examples_per_user is missing: a user is sampled with a bounded '
+                'set of records; 10 to 100 are usual. If each user has one record, another word ("person") will do'
+            )
+        for name, value in (
+            ("privacy.max_examples_per_user", self.privacy.max_examples_per_user),
+            ("data.user_key", self.data.user_key),
+        ):
+            if value is not None and not by_user:
+                raise ValueError(
+                    f'{name} is given but privacy.unit={self.privacy.unit!r}: set it to "user", or leave {name} out'
+                )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self):

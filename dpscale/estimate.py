@@ -15,7 +15,7 @@ from dpscale.batching import run_layout
 from dpscale.chacha import key_words
 from dpscale.config import RunConfig
 from dpscale.data.resident import Resident
-from dpscale.data.source import ExampleSource
+from dpscale.data.source import ExampleSource, empty_rows
 from dpscale.feed import blank_rows
 from dpscale.gradients import compiled_steps, make_placement
 from dpscale.mesh import data_mesh, place_replicated
@@ -85,11 +85,7 @@ def _stand_in(config: RunConfig, source: ExampleSource) -> tuple[dict[str, np.nd
     """A table of zeros in place of device-resident data, and its bytes; {} and 0 where rows come from the host."""
     if config.data.residence != "device":
         return {}, 0
-    metadata = source.metadata
-    table = {
-        "features": np.zeros((len(source), *metadata.feature_shape), metadata.feature_dtype),
-        "label": np.zeros((len(source), *metadata.label_shape), metadata.label_dtype),
-    }
+    table = empty_rows(source.metadata, len(source))
     return table, sum(array.nbytes for array in table.values())
 
 

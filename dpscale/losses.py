@@ -93,6 +93,29 @@ def per_example_loss(
     return loss
 
 
+def sum_over_records(loss: Callable[..., jax.Array], *, uses_key: bool) -> Callable[..., jax.Array]:
+    """The loss of a user, from the loss of a record: the sum over the user's records (dpscale.data.users).
+
+    Its gradient is the sum of the records' gradients, which the clip then bounds as one: a user moves the sum of a
+    batch by at most the clip norm, however many records there are. The records are one more axis of each layer's
+    operands, as positions of a sequence are. What stands in for absent records is left out by selection.
+    """
+
+    def total(losses: jax.Array, present: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(present, losses, 0.0))
+
+    def without_key(params: Any, user: Example) -> jax.Array:
+        records = {name: array for name, array in user.items() if name != "present"}
+        return total(jax.vmap(loss, (None, 0))(params, records), user["present"])
+
+    def with_key(params: Any, user: Example, key: jax.Array) -> jax.Array:
+        records = {name: array for name, array in user.items() if name != "present"}
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(user["present"])))
+        return total(jax.vmap(loss, (None, 0, 0))(params, records, keys), user["present"])
+
+    return with_key if uses_key else without_key
+
+
 def classification_metrics(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Metrics:
     """`metrics(params, example) -> {"loss", "correct"}`: float32 scalars to be summed over examples and
     divided.

@@ -21,11 +21,12 @@ def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
     """
     from dpscale.data.open import open_source
     from dpscale.data.options import SourceOptions
+    from dpscale.data.users import by_user
 
     data = config.data
     if not data.train:
         raise InputError("data.train is not set: name a data set in the config")
-    source = open_source(data.train, SourceOptions.from_config(data))
+    source = by_user(config, open_source(data.train, SourceOptions.from_config(data)))
     plan = PrivacyPlan.from_config(config, num_examples=len(source))
     yield from _privacy_lines(plan)
     physical = config.performance.physical_batch_size
@@ -38,7 +39,11 @@ def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
 
 
 def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
-    yield f"examples          {plan.num_examples}, unit of privacy: one {plan.unit}"
+    if plan.max_examples_per_user is None:
+        yield f"examples          {plan.num_examples}, unit of privacy: one {plan.unit}"
+    else:
+        most = plan.max_examples_per_user
+        yield f"users             {plan.num_examples}, unit of privacy: one user, with at most {most} records"
     yield f"sampling rate q   {plan.sampling_rate:.6g} (Poisson; expected batch {plan.expected_batch_size:g})"
     epochs = plan.steps * plan.sampling_rate
     yield f"steps             {plan.steps} ({epochs:.1f} epochs expected)"

@@ -48,7 +48,7 @@ class Briefing:
 
     @property
     def last_step(self) -> int:
-        """Where the run ends: the planned steps, less what earlier attempts used up of an allowed epsilon and its reserve."""
+        """Where the run ends: the planned steps, less what earlier attempts used up of what may be charged."""
         return self.plan.last_step(self.attempt_start, self.charged_before)
 
     def to_json(self) -> dict[str, Any]:

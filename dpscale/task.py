@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,16 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpscale.config import RunConfig
-from dpscale.data.source import FEATURES, LABEL, SourceMetadata
+from dpscale.data.source import SourceMetadata, empty_rows
 from dpscale.data.transforms import Transform, build_transform
 from dpscale.errors import InputError
-from dpscale.losses import Metrics, classification_loss, classification_metrics, regression_loss, regression_metrics
+from dpscale.losses import (
+    Metrics,
+    classification_loss,
+    classification_metrics,
+    regression_loss,
+    regression_metrics,
+    sum_over_records,
+)
 from dpscale.models import as_functional, build_model
 
 
 @dataclass(frozen=True)
 class Task:
     """`loss(params, example)` or, where `uses_key`, `loss(params, example, key)`: a float scalar for ONE example.
+
+    With `privacy.unit = "user"` an example is a user, and its loss the sum over the user's records; `metrics` are
+    always of one record.
 
     `params`: the initial parameters, float32 leaves, the same on every process (they depend on run.seed, the model
     and the examples' shape). `metrics(params, example)`: float scalars, averaged over the held-out examples.
@@ -43,7 +53,7 @@ def build_task(
     model: Any = None,
     loss: Callable[..., jax.Array] | None = None,
 ) -> Task:
-    """The task that `config` names, or the user's own model and loss.
+    """The task that `config` names, or the user's own model and loss, which are for one record in any case.
 
     Args:
         model: a flax module (linen or nnx) for one example, or a pytree of initial parameters; None: the config's.
@@ -53,6 +63,15 @@ def build_task(
 
     Raises: InputError where model and loss do not fit together, or a model works across examples.
     """
+    task = _record_task(config, metadata, model, loss)
+    if metadata.records is None:
+        return task
+    return replace(task, loss=sum_over_records(task.loss, uses_key=task.uses_key))
+
+
+def _record_task(
+    config: RunConfig, metadata: SourceMetadata, model: Any, loss: Callable[..., jax.Array] | None
+) -> Task:
     views = config.data.augmentation_multiplicity
     if loss is not None and views > 1:
         raise InputError(
@@ -83,11 +102,9 @@ def build_task(
 
 
 def example_shapes(metadata: SourceMetadata) -> dict[str, jax.ShapeDtypeStruct]:
-    """One example as the loss sees it."""
-    return {
-        FEATURES: jax.ShapeDtypeStruct(metadata.feature_shape, metadata.feature_dtype),
-        LABEL: jax.ShapeDtypeStruct(metadata.label_shape, metadata.label_dtype),
-    }
+    """One example as the loss sees it; where rows are users, one user."""
+    rows = empty_rows(metadata, 0)
+    return {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in rows.items()}
 
 
 def _own_loss(params: Any, loss: Callable[..., jax.Array]) -> Task:

@@ -20,6 +20,7 @@ from dpscale.config import RunConfig, load_config
 from dpscale.data.open import as_source, check_alike, open_source
 from dpscale.data.options import SourceOptions
 from dpscale.data.source import ExampleSource
+from dpscale.data.users import by_user, split_users
 from dpscale.distributed import Membership, check_agreement, decided_by_process_zero, initialize, is_main
 from dpscale.errors import InputError
 from dpscale.evaluate import Evaluator
@@ -96,7 +97,8 @@ def train(
         model: a flax module (linen or nnx) for one example, or a pytree of parameters; None: the config's model.
         loss: `loss(params, example)` or `loss(params, example, key)` of one example; None: chosen by the labels.
         train_data, validation_data: an ExampleSource, (features, labels) as NumPy arrays, or a dict of them with the
-            keys "features" and "label"; None: what the config names.
+            keys "features" and "label"; None: what the config names. With `privacy.unit = "user"` train_data also
+            has each record's user: (features, labels, users), a third key "user", or a `dpscale.data.users.UserSource`.
         new_attempt: go on although the program changed, with fresh batches and noise, charged on top.
         report: takes one line of text for the owner; called on process 0 only.
         progress: show a bar (plain lines when not on a terminal) on process 0.
@@ -388,7 +390,13 @@ class _Run:
 
 
 def find_source(config: RunConfig, given: Any, spec: str, which: str) -> ExampleSource:
-    """The data set that the user gave, or the one that `spec` of the config names."""
+    """The data set that the user gave, or the one that `spec` names; its users, where they are the unit of privacy."""
+    given, users = split_users(given) if which == "train" else (given, None)
+    records = _find_records(config, given, spec, which)
+    return by_user(config, records, users) if which == "train" else records
+
+
+def _find_records(config: RunConfig, given: Any, spec: str, which: str) -> ExampleSource:
     if given is not None:
         return as_source(given, num_classes=config.data.num_classes)
     if not spec:

@@ -159,7 +159,7 @@ def test_a_cached_plan_edited_to_less_noise_is_not_believed():
 
 
 def test_json_comes_back_equal_and_is_readable():
-    for made in (plan(), plan(max_batch_size=150), plan(unit="user"), plan(enabled=False)):
+    for made in (plan(), plan(max_batch_size=150), plan(unit="user", max_examples_per_user=9), plan(enabled=False)):
         assert PrivacyPlan.from_json(made.to_json()) == made
         assert PrivacyPlan.from_json(made.to_json()).digest() == made.digest()
     assert '"noise_multiplier": 1.5' in plan().to_json()
@@ -179,6 +179,7 @@ def test_the_digest_never_changes_between_versions_and_differs_for_every_field()
         "epsilon_target": 1.0,
         "max_batch_size": 200,
         "replay_reserve": 5,
+        "max_examples_per_user": 10,
         "bound": "normalized",
         "unit": "user",
         "neighboring_relation": "add_or_remove",
@@ -195,9 +196,9 @@ def test_an_integer_and_the_same_float_are_the_same_plan():
 
 
 def test_differences_name_the_key_and_both_values():
-    old, new = plan(), plan(clip_norm=0.6, unit="user")
+    old, new = plan(), plan(clip_norm=0.6, unit="person")
     assert old.differences(old) == []
-    assert old.differences(new) == ["clip_norm: 0.5 -> 0.6", "unit: example -> user"]
+    assert old.differences(new) == ["clip_norm: 0.5 -> 0.6", "unit: example -> person"]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_bad_values_are_refused_before_anything_runs(change, message):
         "num_examples": 1000,
         **change,
     }
-    keys = {"bound": "flat", "replay_reserve": 0, "constant_time": False, **keys}
+    keys = {"bound": "flat", "replay_reserve": 0, "constant_time": False, "max_examples_per_user": None, **keys}
     training = SimpleNamespace(steps=keys.pop("steps"), epochs=keys.pop("epochs"))
     num_examples = keys.pop("num_examples")
     with pytest.raises(InputError, match=message):

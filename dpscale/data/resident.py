@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpscale.data.source import VALID, Batch, ExampleSource
+from dpscale.data.source import VALID, Batch, ExampleSource, empty_rows
 from dpscale.errors import InputError
 
 Resident = dict[str, jax.Array]  # whole arrays on the device; empty when rows come from the host
@@ -31,7 +31,7 @@ def load_resident(
         raise InputError(
             f"{metadata.name} has {count} examples, too many to index on a device: set data.residence=host"
         )
-    row_bytes = metadata.feature_dtype.itemsize * int(np.prod(metadata.feature_shape))
+    row_bytes = sum(array.nbytes for array in empty_rows(metadata, 1).values())
     _check_memory(count * row_bytes, metadata.name, sharding)
     arrays = source.rows(np.arange(count, dtype=np.int64))
     readable = arrays.pop(VALID, None)

@@ -13,6 +13,7 @@ from dpscale.errors import InputError
 FEATURES = "features"
 LABEL = "label"
 VALID = "valid"
+PRESENT = "present"
 Batch = dict[str, np.ndarray]
 
 
@@ -29,6 +30,7 @@ class SourceMetadata:
     `class_names` are the classes in the order of their numbers, where the format names them.
     `vocabulary_size`: features are token ids in [0, vocabulary_size); `padding_token` fills up short texts,
     and a model must not attend to it. None where features are no tokens, or no text is short.
+    `records`: where a row is a user, the most records in it, K; shapes stay those of one record.
     """
 
     name: str
@@ -41,6 +43,7 @@ class SourceMetadata:
     class_names: tuple[str, ...] | None = None
     vocabulary_size: int | None = None
     padding_token: int | None = None
+    records: int | None = None
 
     @property
     def label_dtype(self) -> np.dtype:
@@ -83,11 +86,16 @@ class ExampleSource(Protocol):
 
 
 def empty_rows(metadata: SourceMetadata, count: int) -> Batch:
-    """`count` rows of zeros: what fills the padded part of a physical batch."""
-    return {
-        FEATURES: np.zeros((count, *metadata.feature_shape), metadata.feature_dtype),
-        LABEL: np.zeros((count, *metadata.label_shape), metadata.label_dtype),
+    """`count` rows of zeros, with the shapes of `rows`: what fills the padded part of a physical batch.
+
+    Rows of users have an axis of `metadata.records` records after the first, and "present": bool[count, records].
+    """
+    leading = (count,) if metadata.records is None else (count, metadata.records)
+    rows = {
+        FEATURES: np.zeros((*leading, *metadata.feature_shape), metadata.feature_dtype),
+        LABEL: np.zeros((*leading, *metadata.label_shape), metadata.label_dtype),
     }
+    return rows if metadata.records is None else {**rows, PRESENT: np.zeros(leading, bool)}
 
 
 WHOLE_CONTENT_BYTES = 256 * 2**20

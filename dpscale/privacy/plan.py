@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 # Fields younger than the first plans: a file may lack them, and at these values the digest leaves them out.
-ADDED: dict[str, Any] = {"replay_reserve": 0}
+ADDED: dict[str, Any] = {"replay_reserve": 0, "max_examples_per_user": None}
 # Noise of a much smaller standard deviation would be flushed to zero in float32; squares of larger norms overflow.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-12, 1e12
 
@@ -40,7 +40,7 @@ class PrivacyPlan:
     """
 
     num_examples: int
-    """Size of the training set; public under zero_out."""
+    """Size of the training set, counted in `unit`; public under zero_out."""
     sampling_rate: float
     """q, each example's probability to be in a logical batch, independently of all else."""
     steps: int
@@ -61,7 +61,8 @@ class PrivacyPlan:
     bound: str = "flat"
     """"flat": longer gradients are cut to clip_norm; "normalized": all are scaled to nearly it. Both bound by it."""
     unit: str = "example"
-    """What one record is."""
+    """What one record is; "user": all that `max_examples_per_user` lets in of one user's records."""
+    max_examples_per_user: int | None = None
     neighboring_relation: NeighboringRelation = "zero_out"
     accountant: Accountant = "pld"
     enabled: bool = True
@@ -116,6 +117,7 @@ class PrivacyPlan:
             "replay_reserve": privacy.replay_reserve,
             "bound": privacy.bound,
             "unit": privacy.unit,
+            "max_examples_per_user": privacy.max_examples_per_user,
             "neighboring_relation": privacy.neighboring_relation,
             "accountant": privacy.accountant,
             "enabled": privacy.enabled,
@@ -139,7 +141,12 @@ class PrivacyPlan:
         if cached is not None:
             # The norm bound scales the noise and the unit names it; neither enters the calibration.
             again = dataclasses.replace(
-                cached, noise_multiplier=0.0, unit=self.unit, clip_norm=self.clip_norm, bound=self.bound
+                cached,
+                noise_multiplier=0.0,
+                unit=self.unit,
+                max_examples_per_user=self.max_examples_per_user,
+                clip_norm=self.clip_norm,
+                bound=self.bound,
             )
             reused = dataclasses.replace(self, noise_multiplier=cached.noise_multiplier)
             # Checked, since the file may have been edited; the room is for other machines' last bits.
@@ -302,6 +309,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "steps": (int,),
     "max_batch_size": (int, type(None)),
     "replay_reserve": (int,),
+    "max_examples_per_user": (int, type(None)),
     "enabled": (bool,),
     "bound": (str,),
     "unit": (str,),
