@@ -76,15 +76,26 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     measure: Annotated[bool, typer.Option(help="compile and time one step on made-up rows")] = True,
+    simulate_at: Annotated[
+        str | None,
+        typer.Option(metavar="batch=N", help="overrides for a cheap run at a small batch with the same dynamics"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Show sampling rate, noise, steps, epsilon along the run, padding, memory and time, before anything runs.
 
     Example: dpscale plan configs/quickstart.toml privacy.epsilon=8
+    Example: dpscale plan configs/quickstart.toml --simulate-at batch=256
     """
     from dpscale.plan_text import plan_lines
+    from dpscale.simulate import simulation_lines
 
-    for line in plan_lines(load_config(config, overrides or []), measure=measure):
+    parsed = load_config(config, overrides or [])
+    if simulate_at is None:
+        lines = plan_lines(parsed, measure=measure)
+    else:
+        lines = simulation_lines(parsed, simulate_at, given=[config, *(overrides or [])])
+    for line in lines:
         typer.echo(line)
 
 

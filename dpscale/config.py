@@ -20,6 +20,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction01 = Annotated[float, Field(ge=0, lt=1)]
 
 
+UNSET = "unset"  # as an override's value: the file's value is taken away; the text "unset" is written in quotes
+
+
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, and nothing changes after reading."""
 
@@ -126,7 +129,9 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="from the peak down to final_fraction of it when all steps are done"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0 to the peak")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up: step t takes (t + 1) / warmup_steps of the peak"
+    )
     final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="fraction of the peak that is reached when all steps are done (cosine, linear)"
     )
@@ -155,6 +160,11 @@ class TrainingSection(Section):
     epochs: Positive | None = Field(None, description="steps = ceil(epochs / sampling rate)")
     evaluate_every_steps: int = Field(0, ge=0, description="held-out evaluation; 0: at the end only")
     label_smoothing: Fraction01 = Field(0.0, description="in the classification loss")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="keep an exponential moving average of the parameters; step t takes min(this, (1 + t) / (10 + t))",
+    )
+    evaluate_ema: bool = Field(False, description="evaluate and release the average instead of the last parameters")
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -163,16 +173,30 @@ class TrainingSection(Section):
             raise ValueError(f"training.steps or training.epochs: {seen} given; give exactly one")
         return self
 
+    @model_validator(mode="after")
+    def _an_average_to_evaluate(self):
+        if self.evaluate_ema and self.ema_decay is None:
+            raise ValueError("training.evaluate_ema is true but training.ema_decay is not given: say how it decays")
+        return self
+
 
 class PrivacySection(Section):
     enabled: bool = Field(True, description="false: the same loop without clipping and noise, for comparison")
     epsilon: Positive | None = Field(None, description="allowed at the planned end; the noise is calibrated to it")
     noise_multiplier: NonNegative | None = Field(None, description="noise std / sensitivity; instead of epsilon")
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="required when enabled")
-    clip_norm: Positive = Field(1.0, description="bound on each example's gradient norm")
-    bound: Literal["flat", "normalized"] = Field(
+    clip_norm: Positive = Field(
+        1.0, description="bound on each example's gradient norm (with per_group: clip_groups say it)"
+    )
+    bound: Literal["flat", "normalized", "per_group"] = Field(
         "flat",
-        description='"normalized" scales every gradient to nearly clip_norm, short ones too (automatic clipping)',
+        description='"normalized" scales every gradient to nearly clip_norm, short ones too (automatic clipping); '
+        '"per_group" clips each group of clip_groups on its own',
+    )
+    clip_groups: dict[str, Positive] | None = Field(
+        None,
+        description='per_group: a norm for each pattern of parameter names, {"Conv_*" = 0.3, "*" = 0.4}; the first '
+        "that matches a parameter's path counts, and the whole gradient is bounded by sqrt(sum of squares)",
     )
     expected_batch_size: Positive | None = Field(
         None, description="expected logical batch: q = this / number of examples; also the public divisor"
@@ -211,6 +235,15 @@ class PrivacySection(Section):
     insecure_seed: int | None = Field(
         None, description="tests and benchmarks only: a fixed secret, hence NO privacy guarantee"
     )
+
+    @model_validator(mode="after")
+    def _groups_belong_to_per_group(self):
+        if (self.bound == "per_group") != bool(self.clip_groups):
+            raise ValueError(
+                f"privacy.bound={self.bound!r} with privacy.clip_groups={self.clip_groups}: the norms of groups go "
+                'with bound = "per_group", and it needs them; give both or neither'
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self):
@@ -319,7 +352,8 @@ class RunConfig(Section):
         steps, warmup = self.training.steps, self.optimizer.warmup_steps
         if steps is not None and warmup >= steps and warmup > 0:
             raise ValueError(
-                f"optimizer.warmup_steps={warmup} is not below training.steps={steps}: the peak would never be reached"
+                f"optimizer.warmup_steps={warmup} is not below training.steps={steps}: the run would end within its "
+                "warm-up; choose fewer"
             )
         return self
 
@@ -330,6 +364,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Args:
         path: the TOML file.
         overrides: each `section.key=value`; the value is read as TOML, and as a string when that fails.
+            `section.key=unset` takes the file's value away.
 
     Raises:
         InputError: the file cannot be read or parsed, or one or more values are wrong; every error is listed
@@ -397,12 +432,16 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     place, equals, text = override.partition("=")
+    unset = text.strip() == UNSET
     keys = place.strip().split(".")
     if not equals or len(keys) != 2 or not all(keys):
         raise InputError(f"override {override!r}: write section.key=value, for example privacy.epsilon=3")
     section = values.setdefault(keys[0], {})
     if not isinstance(section, dict):
         raise InputError(f"override {override!r}: {keys[0]} is a value in the config file, not a section")
+    if unset:
+        section.pop(keys[1], None)
+        return
     try:
         section[keys[1]] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

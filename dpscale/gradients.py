@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from jax.sharding import Mesh
 
 from dpscale.baseline import summed_grad
-from dpscale.clipping import ClippedSum, Flat, Normalized, clipped_grad
+from dpscale.clipping import Bound, ClippedSum, Flat, Normalized, PerPattern, clipped_grad
 from dpscale.config import RunConfig
 from dpscale.data.resident import Resident
 from dpscale.optimizer import make_optimizer
@@ -23,15 +24,32 @@ def gradient_sum(config: RunConfig, plan: PrivacyPlan, task: Task) -> Callable[.
     """The clipped sum of the task's per-example gradients, or without privacy the plain one."""
     if not plan.enabled:
         return summed_grad(task.loss)
+    return clipped_grad(task.loss, bound=clipping_bound(plan), method=config.performance.clipping_method)
+
+
+def clipping_bound(plan: PrivacyPlan) -> Bound:
+    """The bound of a plan with privacy; its `max_norm` is the plan's clip norm.
+
+    Raises: InputError from its `groups` where the plan's groups do not fit the parameters.
+    """
     assert plan.clip_norm is not None, "a plan with privacy has a clip norm"
-    bound = Normalized(plan.clip_norm) if plan.bound == "normalized" else Flat(plan.clip_norm)
-    return clipped_grad(task.loss, bound=bound, method=config.performance.clipping_method)
+    if plan.clip_groups is not None:
+        return PerPattern(plan.clip_groups)
+    return Normalized(plan.clip_norm) if plan.bound == "normalized" else Flat(plan.clip_norm)
+
+
+def check_groups(config: RunConfig, params: Any) -> None:
+    """Raise InputError where privacy.clip_groups do not fit the parameters, before a run directory is made."""
+    privacy = config.privacy
+    if privacy.enabled and privacy.clip_groups:
+        PerPattern(tuple(privacy.clip_groups.items())).groups(params)
 
 
 def make_placement(config: RunConfig, plan: PrivacyPlan, mesh: Mesh) -> Placement:
     """The config's optimizer, and how its state lies on the mesh."""
     optimizer = make_optimizer(config.optimizer, plan.steps)
-    return Placement(mesh, optimizer, sharded=config.performance.update_sharding == "sharded")
+    sharded, average = config.performance.update_sharding == "sharded", config.training.ema_decay is not None
+    return Placement(mesh, optimizer, sharded=sharded, average=average)
 
 
 def compiled_steps(
@@ -50,6 +68,11 @@ def compiled_steps(
         mesh, gradient_sum(config, plan, task), clip_norm, task.uses_key, reduce_every_accumulation=every
     )
     finalize = build_finalize(
-        mesh, plan, placement.optimizer, sharded=placement.sharded, reduce_every_accumulation=every
+        mesh,
+        plan,
+        placement.optimizer,
+        sharded=placement.sharded,
+        reduce_every_accumulation=every,
+        ema_decay=config.training.ema_decay,
     )
     return compile_steps(accumulate, finalize, mesh, state, table, rows)

@@ -11,15 +11,16 @@ from dpscale.errors import InputError
 
 
 def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
-    """Learning rate of each step: linear warm-up from 0 to the peak, then the named decay.
+    """Learning rate of each step: linear warm-up to the peak, then the named decay.
 
-    The decay is at its end once all `steps` are done, so that the last step still moves where it ends at 0.
+    Step t of a warm-up of W steps has the rate peak (t + 1) / W: every step is charged, so none may stand still. The
+    decay begins at step W and is at its end once all steps are done, so that the last one still moves too.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup and warmup >= steps:
         raise InputError(
-            f"optimizer.warmup_steps={warmup} is not below the run's {steps} steps: the peak would never be reached. "
-            "Choose fewer, or train longer"
+            f"optimizer.warmup_steps={warmup} is not below the run's {steps} steps: it would end within its "
+            "warm-up. Choose fewer, or train longer"
         )
     decay_steps = max(1, steps - warmup)
     if config.schedule == "cosine":
@@ -30,7 +31,7 @@ def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedu
         decay = optax.constant_schedule(peak)
     if not warmup:
         return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), decay], [warmup])
 
 
 class Optimizer(NamedTuple):

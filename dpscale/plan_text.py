@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from dpscale.batching import BatchLayout, run_layout
 from dpscale.config import RunConfig
@@ -19,14 +20,7 @@ def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
     Args:
         measure: also compile the step functions and time them on rows of zeros; reads no training example.
     """
-    from dpscale.data.open import open_source
-    from dpscale.data.options import SourceOptions
-    from dpscale.data.users import by_user
-
-    data = config.data
-    if not data.train:
-        raise InputError("data.train is not set: name a data set in the config")
-    source = by_user(config, open_source(data.train, SourceOptions.from_config(data)))
+    source = training_source(config)
     plan = PrivacyPlan.from_config(config, num_examples=len(source))
     yield from _privacy_lines(plan)
     physical = config.performance.physical_batch_size
@@ -36,6 +30,27 @@ def plan_lines(config: RunConfig, *, measure: bool) -> Iterator[str]:
         waste = run_layout(config, plan, physical, 1).expected_padding_waste(_any_sampler(plan))
         yield f"padding           {waste:.1%} of all rows on one device, expected"
         yield from _constant_time_lines(config, plan, physical, 1)
+
+
+def training_source(config: RunConfig) -> Any:
+    """The ExampleSource that data.train names; of it only the size and the metadata are for showing.
+
+    Raises: InputError where none is named, or it cannot be opened.
+    """
+    from dpscale.data.open import open_source
+    from dpscale.data.options import SourceOptions
+    from dpscale.data.users import by_user
+
+    data = config.data
+    if not data.train:
+        raise InputError("data.train is not set: name a data set in the config")
+    return by_user(config, open_source(data.train, SourceOptions.from_config(data)))
+
+
+def _groups(plan: PrivacyPlan) -> str:
+    if plan.clip_groups is None:
+        return ""
+    return " in all; per group: " + ", ".join(f"{pattern} {norm:g}" for pattern, norm in plan.clip_groups)
 
 
 def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
@@ -50,7 +65,7 @@ def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
     if not plan.enabled:
         yield "privacy           none (privacy.enabled = false)"
         return
-    yield f"clip norm         {plan.clip_norm:g}"
+    yield f"clip norm         {plan.clip_norm:g}{_groups(plan)}"
     yield f"noise multiplier  {plan.noise_multiplier:.4f} (std {plan.noise_stddev:.4g} on the sum)"
     assert plan.delta is not None
     points = sorted({max(1, round(plan.steps * k / CURVE_POINTS)) for k in range(1, CURVE_POINTS + 1)})

@@ -22,7 +22,7 @@ FREE = {
     "metrics": None,
     "run": {"name"},
     "data": {"residence", "num_threads", "validation", "validation_is"},
-    "training": {"evaluate_every_steps"},
+    "training": {"evaluate_every_steps", "evaluate_ema"},
 }
 PACKAGES = ("dpscale", "jax", "jaxlib", "flax", "optax", "numpy")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")

@@ -25,7 +25,7 @@ from dpscale.distributed import Membership, check_agreement, decided_by_process_
 from dpscale.errors import InputError
 from dpscale.evaluate import Evaluator
 from dpscale.feed import Feed, blank_rows
-from dpscale.gradients import compiled_steps, make_placement
+from dpscale.gradients import check_groups, compiled_steps, make_placement
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
 from dpscale.mesh import data_mesh
@@ -54,9 +54,9 @@ class TrainResult:
     """How a call of `train` ended.
 
     `state`: "finished", or "stopped" when it was asked to stop and saved. `wants_requeue`: stopped by a signal, not by
-    its owner's STOP file. `params`: NumPy leaves. `epsilon`: spent at
-    `delta`, from the ledger; None without privacy. `epsilon_planned`: at the planned end, which is what holds when the
-    stop was chosen by looking at outputs. `validation`: held-out means ("loss", "accuracy"), {} without held-out data.
+    its owner's STOP file. `params`: NumPy leaves; the average with training.evaluate_ema. `epsilon`: spent at `delta`,
+    from the ledger; None without privacy. `epsilon_planned`: at the planned end, which is what holds when the stop was
+    chosen by looking at outputs. `validation`: held-out means ("loss", "accuracy"), {} without held-out data.
     """
 
     state: Literal["finished", "stopped"]
@@ -125,6 +125,7 @@ def train(
         held_out = find_source(config, validation_data, config.data.validation or "", "validation")
         check_alike(source, held_out)
     task = build_task(config, source.metadata, model, loss)
+    check_groups(config, task.params)
     with ExitStack() as stack:
         stops.install()  # again: jax.distributed has taken SIGTERM
         stack.callback(stops.restore)
@@ -295,7 +296,7 @@ class _Run:
             epsilon_planned=self._epsilon(last),
             delta=self.plan.delta if self.plan.enabled else None,
             validation=self.validation,
-            params=jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), self.state.params),
+            params=jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), self._weights()),
             run_dir=self.directory.root,
             checkpoint=self.directory.checkpoints / str(step),
             metrics=self.directory.root / "metrics" / "public.jsonl",
@@ -306,6 +307,10 @@ class _Run:
         by_owner = self.directory.stop.exists()
         reason = "the file STOP was found" if by_owner else self.stops.reason or "another process got a signal"
         return {"reason": reason, "requeue": not by_owner}
+
+    def _weights(self) -> Any:
+        """What is evaluated and handed out: the parameters, or their average where the config says so."""
+        return self.state.ema if self.config.training.evaluate_ema else self.state.params
 
     def _step(self) -> int:
         return int(self.state.step.addressable_data(0))
@@ -329,7 +334,7 @@ class _Run:
             return
         length = self.config.checkpoint.every_steps or DEFAULT_RANGE_STEPS
         self.range_end = min((step // length + 1) * length, self.briefing.last_step)
-        self.check_replicas(self.state.params)
+        self.check_replicas((self.state.params, self.state.ema))
         check_agreement(f"the draw of step {step}", self.feed.draw_digest(step), "All must run one version.")
         if self.ledger is not None and self.lease is not None:
             self.lease.check()
@@ -352,7 +357,7 @@ class _Run:
         """Evaluate and record; the held-out accuracy as far as it may be shown."""
         if self.held_out is not None:
             with self.watchdog.grace():
-                means = self.evaluator(self.state.params)
+                means = self.evaluator(self._weights())
             self.validation = {"accuracy" if name == "correct" else name: mean for name, mean in means.items()}
         rate = float(np.asarray(self.schedule(step)))
         examples = len(self.held_out) if self.held_out is not None else 0

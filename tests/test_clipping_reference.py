@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dpscale.clipping import Flat, Normalized, PerGroup, clipped_grad
+from dpscale.clipping import Flat, Normalized, PerGroup, PerPattern, clipped_grad
 from dpscale.errors import InputError
 
 ROWS = 8
@@ -171,3 +171,37 @@ def test_wrong_input_is_refused_with_the_remedy(case):
     for make in (lambda: Flat(-1.0), lambda: Flat(float("nan")), lambda: Normalized(1.0, gamma=0.0)):
         with pytest.raises(InputError):
             make()
+
+
+NESTED = {"encoder": {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}, "head": {"bias": jnp.zeros(1)}}
+
+
+def test_a_leaf_belongs_to_the_first_pattern_that_matches_its_path():
+    assert PerPattern((("*/bias", 0.3), ("encoder/*", 0.4))).groups(NESTED) == [0, 1, 0]
+    assert PerPattern((("encoder/*", 0.3), ("*", 0.4))).groups(NESTED) == [0, 0, 1]
+    assert PerPattern((("encoder/*", 0.3), ("*", 0.4))).max_norm == pytest.approx(0.5)
+
+
+def test_each_group_of_a_pattern_is_clipped_to_its_own_norm():
+    def loss(params, example):
+        return sum(jnp.sum(leaf) * example for leaf in jax.tree.leaves(params))
+
+    bound = PerPattern((("*/bias", 0.3), ("*", 0.4)))
+    out = clipped_grad(loss, bound=bound, method="materialize")(NESTED, jnp.array([5.0]), jnp.array([True]))
+    encoder, head = out.grad_sum["encoder"], out.grad_sum["head"]
+    np.testing.assert_allclose(jnp.linalg.norm(jnp.concatenate([encoder["bias"], head["bias"]])), 0.3, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(encoder["kernel"]), 0.4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("groups", "part"),
+    [
+        ((("encoder/*", 1.0),), "matches head/bias"),
+        ((("*", 1.0), ("head/*", 1.0)), r"head/\*: no parameter is left"),
+        ((), "no clip groups"),
+        ((("*", -1.0),), "clip_norm=-1"),
+    ],
+)
+def test_patterns_that_leave_a_parameter_or_a_norm_out_are_refused(groups, part):
+    with pytest.raises(InputError, match=part):
+        PerPattern(groups).groups(NESTED)

@@ -41,6 +41,12 @@ def test_overrides_are_read_as_toml_and_as_text_when_that_fails():
     assert config.run.name == "a b"
 
 
+def test_unset_takes_a_files_value_away_and_quotes_keep_the_word():
+    config = load_config(QUICKSTART, ["privacy.epsilon=unset", "privacy.noise_multiplier=2", 'run.name="unset"'])
+    assert config.privacy.epsilon is None
+    assert config.run.name == "unset"
+
+
 def test_a_config_is_immutable():
     config = config_from_dict(SMALL)
     with pytest.raises(Exception, match="frozen"):

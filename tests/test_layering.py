@@ -35,7 +35,7 @@ LAYERS = [
     ["dpscale.physical_batch"],
     ["dpscale.session"],
     ["dpscale.train"],
-    ["dpscale.estimate", "dpscale.plan_text", "dpscale.audit"],
+    ["dpscale.estimate", "dpscale.plan_text", "dpscale.simulate", "dpscale.audit"],
     ["launch"],
     ["dpscale.cli_cluster", "dpscale.cli_audit"],
     ["dpscale.cli"],

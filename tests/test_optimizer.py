@@ -77,8 +77,9 @@ def test_without_schedule_and_warmup_the_rate_is_constant():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_warmup_climbs_linearly_from_zero_and_reaches_the_peak_after_its_steps(schedule):
-    np.testing.assert_allclose(rates(warmup_steps=4, schedule=schedule)[:5], [0.0, 0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+def test_warmup_climbs_linearly_its_first_step_moves_and_its_last_has_the_peak(schedule):
+    np.testing.assert_allclose(rates(warmup_steps=4, schedule=schedule)[:5], [0.5, 1.0, 1.5, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(rates(warmup_steps=1, schedule=schedule)[:2], [2.0, 2.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 4])
@@ -107,4 +108,4 @@ def test_the_schedule_follows_the_step_that_the_optimizer_counts():
     optimizer = make_optimizer(section(name="sgd", learning_rate=2.0, warmup_steps=4), steps=10)
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     moved = [after(optimizer, [ones] * count) - flat(PARAMS) for count in range(1, 6)]
-    np.testing.assert_allclose([-m[0] for m in moved], np.cumsum([0.0, 0.5, 1.0, 1.5, 2.0]), rtol=1e-5)
+    np.testing.assert_allclose([-m[0] for m in moved], np.cumsum([0.5, 1.0, 1.5, 2.0, 2.0]), rtol=1e-5)

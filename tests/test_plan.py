@@ -165,6 +165,37 @@ def test_json_comes_back_equal_and_is_readable():
     assert '"noise_multiplier": 1.5' in plan().to_json()
 
 
+def changed(made: PrivacyPlan, key: str, value) -> PrivacyPlan:
+    bound = {"bound": "per_group"} if key == "clip_groups" else {}
+    return dataclasses.replace(made, **{key: value, **bound})
+
+
+GROUPS = {"Conv_*": 0.3, "*": 0.4}
+
+
+def test_the_noise_of_groups_is_that_of_the_root_of_their_squares_and_the_plan_shows_them():
+    made = plan(bound="per_group", clip_groups=GROUPS)
+    assert made.clip_norm == pytest.approx(0.5, rel=1e-15)
+    assert made.noise_stddev == 1.5 * made.clip_norm * (1 + SLACK)
+    assert made.clip_groups == (("Conv_*", 0.3), ("*", 0.4))
+    assert PrivacyPlan.from_json(made.to_json()) == made
+    reordered = plan(bound="per_group", clip_groups=dict(reversed(GROUPS.items())))
+    assert reordered.digest() != made.digest()  # the first pattern that matches counts
+    assert f"clip_groups: None -> {made.clip_groups}" in plan().differences(made)
+
+
+def test_groups_without_their_bound_or_with_another_norm_are_refused():
+    for values in ({"bound": "per_group"}, {"clip_groups": GROUPS}):
+        with pytest.raises(InputError, match="give both or neither"):
+            config(**values)
+    made = plan(bound="per_group", clip_groups=GROUPS)
+    for change in ({"clip_norm": 0.4}, {"clip_groups": None}, {"bound": "flat"}, {"clip_groups": (("*", 0.3),)}):
+        with pytest.raises(InputError, match="group"):
+            dataclasses.replace(made, **change)
+    with pytest.raises(InputError, match="a pattern and a norm"):
+        dataclasses.replace(made, clip_groups=(3,))
+
+
 def test_the_digest_never_changes_between_versions_and_differs_for_every_field():
     made = plan()
     assert made.digest() == "d354c2f194c47282b8fab34b865638416fa8c51f6534a3991f69189bd584ca71"
@@ -178,6 +209,7 @@ def test_the_digest_never_changes_between_versions_and_differs_for_every_field()
         "delta": 2e-5,
         "epsilon_target": 1.0,
         "max_batch_size": 200,
+        "clip_groups": (("*", 0.5),),
         "replay_reserve": 5,
         "max_examples_per_user": 10,
         "bound": "normalized",
@@ -187,7 +219,7 @@ def test_the_digest_never_changes_between_versions_and_differs_for_every_field()
         "enabled": False,
     }
     assert set(changes) == {field.name for field in dataclasses.fields(PrivacyPlan)}
-    digests = {dataclasses.replace(made, **{key: value}).digest() for key, value in changes.items()}
+    digests = {changed(made, key, value).digest() for key, value in changes.items()}
     assert len(digests | {made.digest()}) == len(changes) + 1
 
 
@@ -297,6 +329,7 @@ def test_bad_values_are_refused_before_anything_runs(change, message):
         **change,
     }
     keys = {"bound": "flat", "replay_reserve": 0, "constant_time": False, "max_examples_per_user": None, **keys}
+    keys = {"clip_groups": None, **keys}
     training = SimpleNamespace(steps=keys.pop("steps"), epochs=keys.pop("epochs"))
     num_examples = keys.pop("num_examples")
     with pytest.raises(InputError, match=message):

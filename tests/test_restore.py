@@ -88,6 +88,23 @@ def test_whole_to_cut_and_back_changes_no_bit():
         assert np.asarray(mine).tobytes() == theirs.tobytes()
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_average_is_restored_bit_for_bit_begins_where_there_is_none_and_is_left_where_it_is_not_wanted(
+    sharded, tmp_path
+):
+    with_it, without = (curved(8, sharded, OPTIONS, ema_decay=decay) for decay in (0.9, None))
+    state = after_one(with_it)
+    save(tmp_path / "with", with_it, state)
+    for mine, theirs in zip(jax.tree.leaves(load(tmp_path / "with", with_it)), jax.tree.leaves(state), strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()
+    assert load(tmp_path / "with", without).ema is None
+    save(tmp_path / "without", without, after_one(without))
+    late = load(tmp_path / "without", with_it)
+    for mine, theirs in zip(jax.tree.leaves(late.ema), jax.tree.leaves(late.params), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    go_on(with_it, late)  # in buffers of its own: the step gives away those of the state
+
+
 def test_a_cut_checkpoint_of_another_optimizer_is_refused(tmp_path):
     step = curved(8, True, OPTIONS)
     save(tmp_path, step, after_one(step))

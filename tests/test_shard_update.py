@@ -92,6 +92,19 @@ def test_nothing_but_zeros_is_kept_past_the_parameters():
         assert not np.any(vector[elements:])
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_average_is_the_recursion_over_the_noised_parameters_with_its_warm_up(sharded):
+    step = curved(8, sharded, {"name": "sgd"}, ema_decay=0.15)
+    state = step.new_state()
+    expected = flat(state.params).astype(np.float64)
+    np.testing.assert_array_equal(flat(state.ema), expected)
+    for t, key in enumerate([KEY, OTHER_KEY, KEY]):
+        state, _ = step(step.rows(FEATURES[0], LABELS[0]), state=state, key=key)
+        kept = min(0.15, (1 + t) / (10 + t))  # 0.1, then 0.15
+        expected = kept * expected + (1 - kept) * flat(state.params)
+        np.testing.assert_allclose(flat(state.ema), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_parameters_stay_equal_on_all_devices():
     step = curved(8, True, {"name": "adamw"})
     state, _ = three_steps(step)

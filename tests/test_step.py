@@ -261,8 +261,9 @@ GARBAGE = [np.nan, np.inf, -np.inf, 1e38]
 
 
 @lru_cache
-def nonlinear(devices: int, method: str, sharded: bool = False) -> Step:
+def nonlinear(devices: int, method: str, sharded: bool = False, ema_decay: float | None = None) -> Step:
     return Step(
+        ema_decay=ema_decay,
         sharded=sharded,
         devices=devices,
         physical_batch_size=4,
@@ -332,7 +333,7 @@ def test_a_batch_of_bad_rows_only_is_an_empty_draw(devices, method):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_statistics_and_requests_never_touch_the_state(sharded):
     """Identical noisy sums, every other fact about the data different: all state identical."""
-    step = nonlinear(8, "auto", sharded)
+    step = nonlinear(8, "auto", sharded, ema_decay=0.9)
     gradient = jax.tree.map(lambda leaf: jnp.ones((8, *leaf.shape), jnp.float32), step.params)
     everything = [np.full((8, 5), value) for value in (0.0, 1e9, np.nan, -np.inf)]
     states = []

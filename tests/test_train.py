@@ -127,6 +127,29 @@ def test_the_normalized_bound_is_part_of_the_plan_and_scales_short_gradients_up(
 
 
 @pytest.mark.slow
+def test_one_group_for_all_is_the_flat_bound_and_more_are_in_the_plan(plain, tmp_path):
+    one = run(tmp_path / "one", privacy={"bound": "per_group", "clip_groups": {"*": 1.0}})
+    for mine, theirs in zip(jax.tree.leaves(one.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+    plan = json.loads((one.run_dir / "plan.json").read_text())
+    assert (plan["bound"], plan["clip_groups"], plan["clip_norm"]) == ("per_group", [["*", 1.0]], 1.0)
+
+
+def test_the_average_is_evaluated_and_handed_out_only_by_choice(plain, tmp_path):
+    """An average that forgets at once is the parameters; a slow one is not; neither moves the parameters."""
+    fast = run(tmp_path / "fast", training={"ema_decay": 1e-9, "evaluate_ema": True})
+    slow = run(tmp_path / "slow", training={"ema_decay": 0.5, "evaluate_ema": True})
+    unused = run(tmp_path / "unused", training={"ema_decay": 0.5})
+    for mine, theirs in zip(jax.tree.leaves(unused.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+    for mine, other, theirs in zip(*(jax.tree.leaves(r.params) for r in (fast, slow, plain)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+        assert np.max(np.abs(other - theirs)) > 1e-3
+    assert fast.validation["loss"] == pytest.approx(plain.validation["loss"], rel=1e-4)
+    assert slow.validation["loss"] != pytest.approx(plain.validation["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_data_on_the_device_gives_the_same_run(plain, tmp_path):
     other = run(tmp_path / "run", data={"residence": "device"})
     for mine, theirs in zip(jax.tree.leaves(plain.params), jax.tree.leaves(other.params), strict=True):

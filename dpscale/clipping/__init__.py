@@ -11,6 +11,7 @@ from dpscale.clipping.bounds import Bound as Bound
 from dpscale.clipping.bounds import Flat as Flat
 from dpscale.clipping.bounds import Normalized as Normalized
 from dpscale.clipping.bounds import PerGroup as PerGroup
+from dpscale.clipping.bounds import PerPattern as PerPattern
 from dpscale.clipping.bounds import as_bound
 from dpscale.clipping.example import ClippedSum as ClippedSum
 from dpscale.clipping.example import Problem, check_scalar

@@ -1,6 +1,7 @@
 """Bounds on what one example may contribute: flat, per group of parameters, normalised."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpscale.errors import InputError
+from dpscale.privacy import sensitivity
 
-ROUNDING_SLACK = 2.0**-16
-"""A contribution's true norm is at most `max_norm * (1 + ROUNDING_SLACK)`: float32 products and sums round."""
+ROUNDING_SLACK = sensitivity.SLACK
+"""A contribution's true norm is at most `max_norm * (1 + ROUNDING_SLACK)`: the room that the noise is scaled with."""
 
 
 class Bound(Protocol):
@@ -84,6 +86,53 @@ class PerGroup:
 
     def factors(self, norms: jax.Array) -> jax.Array:
         return _clip_factors(norms, jax.tree.leaves(self.clip_norms))
+
+
+@dataclass(frozen=True)
+class PerPattern:
+    """`PerGroup` for groups that patterns of parameter paths make: ((pattern, C_g), ..).
+
+    A leaf belongs to the first pattern that matches its path, as "Dense_0/kernel"; `*` stands for any text, slashes
+    too, `?` for one character (fnmatch). The whole contribution is at most sqrt(sum of C_g^2).
+    Raises InputError where a leaf matches no pattern, or a pattern is left without a leaf: its share of the noise would
+    be wasted.
+    """
+
+    clip_groups: tuple[tuple[str, float], ...]
+
+    def __post_init__(self):
+        if not self.clip_groups:
+            raise InputError('no clip groups: give at least one pattern with its norm, {"*" = 1.0}')
+        for _, norm in self.clip_groups:
+            _check_norm(norm)
+
+    @property
+    def max_norm(self) -> float:
+        return float(np.sqrt(sum(float(norm) ** 2 for _, norm in self.clip_groups)))
+
+    def groups(self, params: Any) -> list[int]:
+        patterns = [pattern for pattern, _ in self.clip_groups]
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        found = [next((n for n, p in enumerate(patterns) if fnmatchcase(path, p)), None) for path in paths]
+        if None in found:
+            lost = [path for path, group in zip(paths, found, strict=True) if group is None]
+            raise InputError(
+                f"no pattern of privacy.clip_groups ({', '.join(patterns)}) matches {', '.join(lost)}: every parameter "
+                'needs a norm; end with "*" for the rest'
+            )
+        empty = [pattern for group, pattern in enumerate(patterns) if group not in found]
+        if empty:
+            raise InputError(
+                f"privacy.clip_groups {', '.join(empty)}: no parameter is left for it. The first pattern that matches "
+                f"counts; parameters are {', '.join(paths[:20])}"
+            )
+        return [group for group in found if group is not None]
+
+    def factors(self, norms: jax.Array) -> jax.Array:
+        return _clip_factors(norms, [norm for _, norm in self.clip_groups])
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 from dpscale.errors import InputError, RunDirectoryError
 from dpscale.privacy import accounting
 from dpscale.privacy.accounting import Accountant
-from dpscale.privacy.sensitivity import NeighboringRelation, check_neighboring_relation, flat_norm_bound, noise_unit
+from dpscale.privacy.sensitivity import (
+    NeighboringRelation,
+    check_neighboring_relation,
+    flat_norm_bound,
+    noise_unit,
+    per_group_norm_bound,
+)
 
 if TYPE_CHECKING:
     from dpscale.config import PrivacySection, RunConfig
 
 SCHEMA_VERSION = 1
 # Fields younger than the first plans: a file may lack them, and at these values the digest leaves them out.
-ADDED: dict[str, Any] = {"replay_reserve": 0, "max_examples_per_user": None}
+ADDED: dict[str, Any] = {"replay_reserve": 0, "max_examples_per_user": None, "clip_groups": None}
 # Noise of a much smaller standard deviation would be flushed to zero in float32; squares of larger norms overflow.
 MIN_CLIP_NORM, MAX_CLIP_NORM = 1e-12, 1e12
 
@@ -59,7 +65,10 @@ class PrivacyPlan:
     replay_reserve: int = 0
     """Steps beyond the planned ones that the calibration leaves room for: new attempts are charged on top."""
     bound: str = "flat"
-    """"flat": longer gradients are cut to clip_norm; "normalized": all are scaled to nearly it. Both bound by it."""
+    """"flat": longer gradients are cut to clip_norm; "normalized": all are scaled to nearly it; "per_group": each group
+    is cut to its own norm, and clip_norm is sqrt(sum of their squares). All bound by clip_norm."""
+    clip_groups: tuple[tuple[str, float], ...] | None = None
+    """per_group: (pattern of parameter paths, norm), in the order in which they are tried."""
     unit: str = "example"
     """What one record is; "user": all that `max_examples_per_user` lets in of one user's records."""
     max_examples_per_user: int | None = None
@@ -73,6 +82,12 @@ class PrivacyPlan:
         for name in ("clip_norm", "delta", "epsilon_target"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else float(value))
+        if self.clip_groups is not None:
+            try:
+                groups = tuple((str(pattern), float(norm)) for pattern, norm in self.clip_groups)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"clip_groups={self.clip_groups}: each is a pattern and a norm") from error
+            object.__setattr__(self, "clip_groups", groups)
         _check_sizes(self.num_examples, self.steps, self.expected_batch_size, self.sampling_rate)
         check_neighboring_relation(self.neighboring_relation)
         if self.replay_reserve < 0:
@@ -88,6 +103,7 @@ class PrivacyPlan:
                 f"clip_norm={self.clip_norm:g}: float32 noise of that size could vanish or overflow; choose one from "
                 f"{MIN_CLIP_NORM:g} to {MAX_CLIP_NORM:g}"
             )
+        self._check_groups()
         # Twice the steps: replayed ones must not bring delta below what the accountant can resolve.
         accounting.check(self._step, 2 * self.chargeable_steps, self.delta, self.accountant)
 
@@ -116,6 +132,7 @@ class PrivacyPlan:
             "max_batch_size": privacy.max_batch_size,
             "replay_reserve": privacy.replay_reserve,
             "bound": privacy.bound,
+            "clip_groups": tuple(privacy.clip_groups.items()) if privacy.clip_groups else None,
             "unit": privacy.unit,
             "max_examples_per_user": privacy.max_examples_per_user,
             "neighboring_relation": privacy.neighboring_relation,
@@ -130,11 +147,24 @@ class PrivacyPlan:
         plan = cls(
             **common,
             noise_multiplier=privacy.noise_multiplier or 0.0,
-            clip_norm=privacy.clip_norm,
+            clip_norm=per_group_norm_bound(privacy.clip_groups.values()) if privacy.clip_groups else privacy.clip_norm,
             delta=privacy.delta,
             epsilon_target=privacy.epsilon,
         )
         return plan if privacy.epsilon is None else plan._calibrated(cached)
+
+    def _check_groups(self) -> None:
+        """Raise InputError unless the groups' norms are those that clip_norm, and so the noise, was made from."""
+        if (self.bound == "per_group") != (self.clip_groups is not None):
+            raise InputError(f"bound={self.bound} with clip_groups={self.clip_groups}: per_group needs them, no other")
+        if self.clip_groups is None:
+            return
+        total = per_group_norm_bound(norm for _, norm in self.clip_groups)
+        if not math.isclose(total, self.clip_norm or 0.0, rel_tol=1e-12):
+            raise InputError(
+                f"clip_norm={self.clip_norm} but the groups' norms make {total}: the noise would not fit what is "
+                "clipped. Leave clip_norm to the groups"
+            )
 
     def _calibrated(self, cached: PrivacyPlan | None) -> PrivacyPlan:
         assert self.epsilon_target is not None
@@ -147,6 +177,7 @@ class PrivacyPlan:
                 max_examples_per_user=self.max_examples_per_user,
                 clip_norm=self.clip_norm,
                 bound=self.bound,
+                clip_groups=self.clip_groups,
             )
             reused = dataclasses.replace(self, noise_multiplier=cached.noise_multiplier)
             # Checked, since the file may have been edited; the room is for other machines' last bits.
@@ -312,6 +343,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_examples_per_user": (int, type(None)),
     "enabled": (bool,),
     "bound": (str,),
+    "clip_groups": (list, type(None)),
     "unit": (str,),
     "neighboring_relation": (str,),
     "accountant": (str,),
