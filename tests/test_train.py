@@ -135,6 +135,7 @@ def test_one_group_for_all_is_the_flat_bound_and_more_are_in_the_plan(plain, tmp
     assert (plan["bound"], plan["clip_groups"], plan["clip_norm"]) == ("per_group", [["*", 1.0]], 1.0)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_and_handed_out_only_by_choice(plain, tmp_path):
     """An average that forgets at once is the parameters; a slow one is not; neither moves the parameters."""
     fast = run(tmp_path / "fast", training={"ema_decay": 1e-9, "evaluate_ema": True})
