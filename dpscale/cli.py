@@ -9,6 +9,7 @@ import typer
 
 from dpscale.cli_audit import register as register_audit
 from dpscale.cli_cluster import register
+from dpscale.cli_data import register as register_data
 from dpscale.config import describe_keys, load_config
 from dpscale.errors import InputError
 
@@ -175,3 +176,4 @@ def _sampling_rate(rate: float | None, batch_size: float | None, examples: int |
 
 register(app)
 register_audit(app)
+register_data(app)

@@ -399,6 +399,21 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> RunCo
         raise InputError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
 
 
+def data_section(overrides: Sequence[str]) -> DataSection:
+    """A `[data]` section of defaults and `data.key=value` overrides, for verbs that need no whole config.
+
+    Raises:
+        InputError: an override of another section, and what `load_config` refuses.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(values, override)
+    if set(values) - {"data"}:
+        raise InputError(f"{', '.join(sorted(set(values) - {'data'}))} is of no use here: give data.key=value only")
+    rest = {"training": {"steps": 1}, "privacy": {"enabled": False, "sampling_rate": 1.0}}
+    return config_from_dict({**rest, **values}, source="the command line").data
+
+
 def to_toml(config: RunConfig) -> str:
     """The config as TOML that `load_config` reads back to an equal config; unset keys are left out."""
     lines = []

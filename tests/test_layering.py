@@ -37,7 +37,7 @@ LAYERS = [
     ["dpscale.train"],
     ["dpscale.estimate", "dpscale.plan_text", "dpscale.simulate", "dpscale.audit"],
     ["launch"],
-    ["dpscale.cli_cluster", "dpscale.cli_audit"],
+    ["dpscale.cli_cluster", "dpscale.cli_audit", "dpscale.cli_data"],
     ["dpscale.cli"],
     ["dpscale.__main__"],
 ]
@@ -48,6 +48,9 @@ WITHOUT_JAX += [
     "dpscale.manifest",
     "dpscale.batching",
     "dpscale.cli",
+    "dpscale.data.convert",
+    "dpscale.data.inspection",
+    "dpscale.data.open",
     "launch.local",
 ]
 

@@ -77,9 +77,11 @@ class ArrayRecordSource:
             self._metadata = undescribe(described["metadata"], str(folder))
             self._length, self._per_shard = int(described["examples"]), int(described["records_per_shard"])
             self._shards = [(str(shard["file"]), int(shard["records"])) for shard in described["shards"]]
+            sizes = {str(shard["file"]): int(shard["bytes"]) for shard in described["shards"]}
             self._digest = bytes.fromhex(described["digest"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder / DESCRIPTION} is damaged ({error!r}): convert the data again") from error
+        _check_sizes(folder, sizes)
         _check_options(self._metadata, options)
         self._dtype = RecordLayout(self._metadata).dtype
         self._readers: dict[int, Any] = {}
@@ -183,6 +185,18 @@ def _read_alone(reader: Any, position: int) -> bytes | Exception:
         return reader.read([position])[0]
     except (RuntimeError, ValueError, IndexError) as error:
         return CorruptExample(f"its record is damaged: {error}")
+
+
+def _check_sizes(folder: Path, sizes: dict[str, int]) -> None:
+    """All at once, so that a copy that was cut short is noticed before the run and not in the middle of it."""
+    for file, size in sizes.items():
+        found = (folder / file).stat().st_size if (folder / file).is_file() else None
+        if found != size:
+            raise InputError(
+                f"{folder / file} has {found or 'no'} bytes, but {DESCRIPTION} says {size}: it is "
+                "missing or truncated; "
+                "copy or convert it again"
+            )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

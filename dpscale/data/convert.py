@@ -45,6 +45,8 @@ def convert(
     Raises: InputError where the folder holds something else, a conversion of another source, or one that is running,
         and what reading the source raises; OSError from the file system.
     """
+    if source.metadata.records is not None:
+        raise InputError(f"{source.metadata.name} holds users: convert the records, and name the users in the run")
     destination.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_one(destination):
         plan = _begin(source, destination)
@@ -190,7 +192,12 @@ def _is_there(destination: Path, entry: dict[str, Any] | None, records: int, pla
 
 def _finish(destination: Path, plan: dict[str, Any], journal: dict[int, dict[str, Any]]) -> None:
     shards = [
-        {"file": shard_name(number), "records": journal[number]["records"], "digest": journal[number]["digest"]}
+        {
+            "file": shard_name(number),
+            "records": journal[number]["records"],
+            "bytes": (destination / shard_name(number)).stat().st_size,
+            "digest": journal[number]["digest"],
+        }
         for number in sorted(journal)
     ]
     whole = hashlib.blake2b(digest_size=32)
