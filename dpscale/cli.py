@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from dpscale.cli_audit import register as register_audit
-from dpscale.cli_cluster import register
+from dpscale.cli_cluster import register as register_cluster
 from dpscale.cli_data import register as register_data
+from dpscale.cli_scaling import register as register_scaling
 from dpscale.config import describe_keys, load_config
 from dpscale.errors import InputError
 
@@ -174,6 +175,7 @@ def _sampling_rate(rate: float | None, batch_size: float | None, examples: int |
     return batch_size / examples
 
 
-register(app)
+register_cluster(app)
 register_audit(app)
 register_data(app)
+register_scaling(app)

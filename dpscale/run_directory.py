@@ -134,5 +134,5 @@ class RunDirectory:
 
     def _is_ours(self, entry: Path) -> bool:
         names = {"config.toml", "plan.json", "run.json", "secret.key", "ledger.jsonl", "ckpt", "metrics", "attempts"}
-        names |= {"lease", "STOP", "finished", "status.json", "plot.svg", "plot.png", "jax_cache"}
+        names |= {"lease", "STOP", "finished", "status.json", "plot.svg", "plot.png", "report.html", "jax_cache"}
         return entry.name in names or entry.name.startswith(".")

@@ -35,6 +35,7 @@ from dpscale.physical_batch import agreed_physical_batch_size
 from dpscale.privacy.ledger import Ledger
 from dpscale.program import program_facts
 from dpscale.replicas import ReplicaCheck
+from dpscale.report import write_report
 from dpscale.restore import restore
 from dpscale.run_directory import RunDirectory
 from dpscale.sampling import PoissonSampler
@@ -73,6 +74,7 @@ class TrainResult:
     checkpoint: Path | None
     metrics: Path
     plot: Path | None
+    report: Path | None
 
 
 def train(
@@ -280,12 +282,13 @@ class _Run:
         self._settle(step)
         finished = step >= last
         ended = decided_by_process_zero(self._how_it_stopped)
-        plot = None
+        plot = page = None
         if is_main():
             self.metrics.status("finished" if finished else "stopped", step, self._epsilon(step))
             plot = self.metrics.plot()
             if finished:
                 self.directory.write_json(self.directory.finished, {"step": step, "epsilon": self._epsilon(step)})
+            page = self._report()
         return TrainResult(
             state="finished" if finished else "stopped",
             stop_reason=None if finished else ended["reason"],
@@ -301,7 +304,16 @@ class _Run:
             checkpoint=self.directory.checkpoints / str(step),
             metrics=self.directory.root / "metrics" / "public.jsonl",
             plot=plot,
+            report=page,
         )
+
+    def _report(self) -> Path | None:
+        """The run's page; a page that cannot be made must not turn a finished run into a failed one."""
+        try:
+            return write_report(self.directory.root)
+        except Exception as error:
+            self.report(f"warning: no report was written ({error}); dpscale report {self.directory.root} tries again")
+            return None
 
     def _how_it_stopped(self) -> dict[str, Any]:
         by_owner = self.directory.stop.exists()

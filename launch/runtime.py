@@ -1,4 +1,4 @@
-"""What runs inside each task, however it was launched: environment -> train or audit -> exit code."""
+"""What runs inside each task, however it was launched: environment -> train, audit or measure -> exit code."""
 
 from __future__ import annotations
 
@@ -132,7 +132,16 @@ def _audit(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) ->
     return EXIT_VIOLATION if result.violation else EXIT_DONE
 
 
-VERBS = {"train": _train, "audit": _audit}
+def _measure(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) -> int:
+    from dpscale.scaling.in_task import measure_in_task
+
+    with watchdog.grace():
+        measure_in_task(arguments.config, arguments.overrides, arguments.options)
+    watchdog.close()
+    return EXIT_DONE
+
+
+VERBS = {"train": _train, "audit": _audit, "measure": _measure}
 
 
 def _leave_together() -> None:
@@ -193,6 +202,8 @@ def _summary(result, *, may_show_held_out: bool) -> list[str]:
     lines.append(f"metrics      {result.metrics}")
     if result.plot is not None:
         lines.append(f"plot         {result.plot}")
+    if result.report is not None:
+        lines.append(f"report       {result.report}")
     return lines
 
 

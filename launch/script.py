@@ -79,12 +79,16 @@ trap dpscale_ended EXIT
 
 dpscale_end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)
 if [[ $dpscale_end == *T* ]]; then export DPSCALE_DEADLINE; DPSCALE_DEADLINE=$(date -d "$dpscale_end" +%s); fi
+"""
+
+MEETING = """\
 # The tasks meet on this node, the first one; its name need not resolve, and a container may have no scontrol.
 export DPSCALE_HEAD_NODE=$SLURMD_NODENAME DPSCALE_HEAD_ADDRESS
 DPSCALE_HEAD_ADDRESS=$(scontrol show node "$SLURMD_NODENAME" -o | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 # srun takes the number of CPUs from here only, since SLURM 22.05.
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 """
+HEAD += MEETING
 
 SRUN_OPTIONS = ("--kill-on-bad-exit=1", "--wait=60", "--unbuffered")
 
@@ -95,7 +99,8 @@ class Job:
 
     `run_dir`: absolute; `python`: the interpreter in the job; `working_directory`: relative paths of the config are
     relative to it; `sbatch_args`, `srun_args`: after the profile's own; `points`: (run directory, config) of each
-    element of a job array, which then replace `run_dir` and `config`.
+    element of a job array, which then replace `run_dir` and `config`; `task_words`: what Python runs in each task
+    instead of the training of `config`.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Job:
     sbatch_args: tuple[str, ...] = field(default=())
     srun_args: tuple[str, ...] = field(default=())
     points: tuple[tuple[str, str], ...] = ()
+    task_words: tuple[str, ...] = ()
 
     @property
     def stop_margin_s(self) -> int:
@@ -219,6 +225,8 @@ def body_of_tasks(job: Job) -> list[str]:
 def srun_lines(job: Job) -> list[str]:
     """The tasks. Their exit code is the script's, which `dpscale_ended` reads."""
     command = ["srun", *SRUN_OPTIONS, *job.profile.srun_args, *job.srun_args, *interpreter(job)]
+    if job.task_words:
+        return [shlex.join(command) + " \\", f"  {shlex.join(job.task_words)}"]
     arguments = ["-m", "launch.runtime", *(["--new-attempt"] if job.new_attempt else []), "--logs", "--run-dir"]
     what = shlex.join([job.run_dir, "--", job.config, *job.overrides])
     if job.points:

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -104,23 +105,50 @@ def submit_run(
         srun_args=submission.srun_args,
     )
     folder = Path(job.config).parent
+    task = SubmittedTask(job.config, job.run_dir, job.new_attempt)
+    return submit_job(job, folder, submission, task, lambda: _keep_config(config, Path(job.config)), dry_run=dry_run)
+
+
+def submit_job(
+    job: Job,
+    folder: Path,
+    submission: Submission,
+    task: Any,
+    prepare: Callable[[], None] = lambda: None,
+    *,
+    dry_run: bool,
+) -> tuple[str | None, str]:
+    """Hand one job to SLURM; (its id, the script's text), or (None, text) with `dry_run`, which changes nothing.
+
+    Args:
+        folder: RUN/attempts/submit-N, to be made; script and submission are kept there.
+        task: what submitit pickles and calls in each task; it must do what the script's srun line does.
+        prepare: called when everything was found to be in order, before the job is handed over.
+
+    Raises: InputError for what cannot be submitted; RunDirectoryError while a job of this run is still there.
+    """
+    run_dir = Path(job.run_dir)
     if submission.via == "submitit" and job.log_needs_redirect:
         raise InputError(f"the run directory {job.run_dir!r} has characters that submitit cannot quote: --via sbatch")
-    text = render(job) if submission.via == "sbatch" else _submitit_executor(job, folder, make=False)
+    text = render(job) if submission.via == "sbatch" else _submitit_executor(job, folder, None)
     if dry_run:
         return None, text
     refuse_while_running(run_dir)
-    make_directories(run_dir, folder, int(profile.run_directory_mode, 8))
-    write_atomically(Path(job.config), to_toml(config))
+    make_directories(run_dir, folder, int(job.profile.run_directory_mode, 8))
+    prepare()
     write_atomically(folder / "job.sbatch", text)
     (run_dir / "STOP").unlink(missing_ok=True)
     if submission.via == "sbatch":
         number = slurm_commands.submit(str(folder / "job.sbatch"))
     else:
-        number = _submitit_executor(job, folder, make=True)
+        number = _submitit_executor(job, folder, task)
     kept = replace(submission, job=number, working_directory=job.working_directory)
     write_atomically(folder / "submission.json", json.dumps(asdict(kept), indent=1) + "\n")
     return number, text
+
+
+def _keep_config(config: RunConfig, path: Path) -> None:
+    write_atomically(path, to_toml(config))
 
 
 def last_submission(run_dir: Path) -> Submission | None:
@@ -205,8 +233,8 @@ def _lease_wait_s(run_dir: Path) -> int:
     return int(left_s) + LEASE_MARGIN_S if left_s > 0 else 0
 
 
-def _submitit_executor(job: Job, folder: Path, *, make: bool) -> str:
-    """With `make` submit through submitit, and give the job's id; without, the script's text."""
+def _submitit_executor(job: Job, folder: Path, task: Any) -> str:
+    """With a `task` submit it through submitit, and give the job's id; with None, the script's text."""
     import submitit
 
     header(sbatch_options(job))  # submitit quotes for the shell, which is not enough for a comment line
@@ -223,6 +251,6 @@ def _submitit_executor(job: Job, folder: Path, *, make: bool) -> str:
         srun_args=[*SRUN_OPTIONS, *job.profile.srun_args, *job.srun_args],
         additional_parameters=options,
     )
-    if not make:
+    if task is None:
         return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
-    return executor.submit(SubmittedTask(job.config, job.run_dir, job.new_attempt)).job_id
+    return executor.submit(task).job_id

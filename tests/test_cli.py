@@ -63,7 +63,7 @@ def test_train_trains_and_says_what_was_reached_and_where_it_is(config, tmp_path
     assert lines["finished"] == "4 steps"
     assert lines["accuracy"].endswith("% on held-out examples")
     assert lines["privacy"] == "epsilon 3.000 at delta 0.0001"
-    for what in ("checkpoint", "metrics", "plot"):
+    for what in ("checkpoint", "metrics", "plot", "report"):
         assert Path(lines[what]).exists()
     again = dpscale("train", config, "--run-dir", tmp_path / "run")
     assert again.returncode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpscale.errors import InputError
 from dpscale.metrics.files import SHARED_MODE, replace_file
@@ -55,6 +55,15 @@ def plot_run(
     target = Path(path) if path is not None else Path(run_dir) / "metrics" / "plot.svg"
     if target.suffix not in (".svg", ".png"):
         raise InputError(f"{target} ends in {target.suffix!r}: a plot is an .svg or a .png file.")
+    kind = "svg" if target.suffix == ".svg" else "png"
+    replace_file(target, [draw_run(run_dir, epsilon_allowed=epsilon_allowed, kind=kind)], SHARED_MODE)
+    return target
+
+
+def draw_run(
+    run_dir: str | os.PathLike[str], *, epsilon_allowed: float | None = None, kind: Literal["svg", "png"]
+) -> bytes:
+    """The file that `plot_run` writes."""
     source = Path(run_dir) / "metrics" / "public.jsonl"
     records = latest(read_records(source))
     accuracy = [(step, 100 * value) for step, value in _series(records, "validation_accuracy")]
@@ -70,10 +79,9 @@ def plot_run(
         raise InputError("A plot needs matplotlib, which is not installed: pip install 'dpscale[plots]'") from error
     with mpl.rc_context(STYLE):
         image = io.BytesIO()
-        metadata = {"Date": None} if target.suffix == ".svg" else None
-        _figure(accuracy, epsilon, epsilon_allowed).savefig(image, format=target.suffix[1:], dpi=150, metadata=metadata)
-    replace_file(target, [image.getvalue()], SHARED_MODE)
-    return target
+        metadata = {"Date": None} if kind == "svg" else None
+        _figure(accuracy, epsilon, epsilon_allowed).savefig(image, format=kind, dpi=150, metadata=metadata)
+    return image.getvalue()
 
 
 def latest(records: list[Record]) -> list[Record]:
@@ -101,7 +109,7 @@ def _figure(accuracy: Series, epsilon: Series, epsilon_allowed: float | None) ->
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     panels = int(bool(accuracy)) + int(bool(epsilon))
-    figure = Figure(figsize=(6.4, 1.0 + 2.3 * panels), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure = Figure(figsize=(5.4, 1.0 + 2.0 * panels), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)  # no pyplot: no window, no global state
     axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
     figure.suptitle(_title(accuracy, epsilon), fontsize=12)

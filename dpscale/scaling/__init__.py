@@ -1,0 +1,1 @@
+"""Scaling: measure single points, submit sweeps of them, draw curves, predict beyond the machine."""
