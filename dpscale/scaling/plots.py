@@ -11,7 +11,7 @@ from dpscale.metrics.plot import BLUE, GREY, STYLE, VERMILION
 from dpscale.page import inline_svg
 from dpscale.scaling.curves import Curves, Row
 from dpscale.scaling.point import MODES, VARIANTS, Mode, Variant
-from dpscale.scaling.predict import LABELS, PUBLISHED, SCHEMES, Prediction, Scheme
+from dpscale.scaling.predict import LABELS, PUBLISHED, PUBLISHED_DEVICE, SCHEMES, Prediction, Scheme
 from dpscale.scaling.record import PARTS
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _predicted(figure: Figure, found: Prediction, measured: Curves | None, mode:
         x, [100 * p.limit for p in limits], color=GREY, linestyle=":", label="physical limit (whole rows, bare wire)"
     )
     _measured_points(axes, measured, mode, counts)
-    if mode == "strong" and any(x and min(x) <= devices <= max(x) for devices, _, _ in PUBLISHED):
+    if mode == "strong" and PUBLISHED_DEVICE in found.device and any(x[0] <= n <= x[-1] for n, _, _ in PUBLISHED):
         for devices, scheme, share in PUBLISHED:
             axes.plot(devices, 100 * share, "*", color=SCHEME_COLOUR[scheme], markersize=9, linestyle="none")
         axes.plot([], [], "*", color=GREY, linestyle="none", label="published, 80 V100, another library (recalled)")

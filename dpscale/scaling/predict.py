@@ -29,6 +29,7 @@ LABELS: dict[Scheme, str] = {
 }
 # arXiv 2406.17298v3, recalled: devices, scheme, share of ideal.
 PUBLISHED: tuple[tuple[int, Scheme, float], ...] = ((80, "private", 0.692), (80, "reduce every batch", 0.533))
+PUBLISHED_DEVICE = "V100"
 PUBLISHED_TEXT = (
     "published for 80 V100 GPUs (arXiv 2406.17298v3, recalled, not re-read): 69.2 % of ideal with privacy, 53.3 % "
     "without; another library, another input pipeline, so beside the prediction and not a check of it"
@@ -80,6 +81,7 @@ class Prediction:
     """Everything that is printed, drawn and written."""
 
     network: str
+    device: str
     sources: tuple[str, ...]
     measured: bool
     points: tuple[Predicted, ...]
@@ -115,6 +117,7 @@ def predict(
     largest = [p for p in points if p.devices == max(counts) and p.scheme in ("private", "nonprivate")]
     return Prediction(
         network=network.name,
+        device=network.device.name,
         sources=_sources(workloads, network, fit),
         measured=all(workload.measured for workload in workloads.values()),
         points=tuple(points),
