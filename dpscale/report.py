@@ -12,7 +12,7 @@ from typing import Any
 from dpscale.config import load_config
 from dpscale.durable import write_atomically
 from dpscale.errors import DpscaleError, InputError
-from dpscale.metrics.plot import draw_run
+from dpscale.metrics.plot import draw_run, latest
 from dpscale.metrics.records import Record, read_records
 from dpscale.metrics.status import read_status
 from dpscale.page import Page, inline_svg
@@ -29,6 +29,7 @@ SHARED_MODE = 0o644
 NO_PLOTS = (
     "The plots need matplotlib, which was not installed when this page was written: pip install 'dpscale[plots]'."
 )
+MOST_ROWS = 12
 RELATIONS = {
     "zero_out": "one record's contribution is replaced by zero; the number of records is public",
     "add_or_remove": "one record is added or removed",
@@ -196,7 +197,8 @@ def _run_curves(page: Page, run: Path, plan: dict[str, Any], records: Sequence[R
         page.figures({"accuracy and epsilon against steps": inline_svg(svg)})
     except DpscaleError:
         page.text(NO_PLOTS)
-    shown = records if len(records) <= 12 else [*records[:: -(-len(records) // 12)], records[-1]]
+    records = latest(list(records))
+    shown = records[:: -max(1, -(-len(records) // MOST_ROWS))][::-1]  # the last one always
     names = ("step", "epsilon", "validation_accuracy", "validation_loss", "learning_rate")
     names = [name for name in names if any(record.get(name) is not None for record in shown)]
     page.table([name.replace("_", " ") for name in names], [[_number(r.get(n)) for n in names] for r in shown])

@@ -137,6 +137,7 @@ def test_every_text_is_escaped(tmp_path):
 
 def test_a_run_shows_its_figures_and_its_privacy_statement(pages):
     text = pages["run"].read_text()
+    assert re.findall(r"<tr><td>(\d+)</td>", text) == ["10", "30", "50", "70", "90", "110", "130", "150"]
     for shown in (
         "94.3 %",
         "2.998",
