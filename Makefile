@@ -43,9 +43,10 @@ bench: $(STAMP)  ## the measurements that README and docs quote (on an otherwise
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/clipping.py
 
-bench-peers:  ## Opacus on the same architectures, in an environment of its own
+bench-peers:  ## Opacus: its accountants' figures, and the same architectures, in an environment of its own
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 opacus
+	$(PEERS)/bin/python benchmarks/peers/accounting_opacus.py
 	$(PEERS)/bin/python benchmarks/peers/clipping_opacus.py
 
 local-cluster: $(STAMP)  ## a throw-away SLURM on this machine (apt-get install slurm-wlm munge)

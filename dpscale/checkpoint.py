@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -220,15 +220,41 @@ def _as_tree(state: TrainState) -> dict[str, Any]:
     return tree if state.ema is None else {**tree, "ema": state.ema}
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why Orbax cannot read every array of a checkpoint that has no manifest, or None. This process alone reads."""
+def read_parameters(path: Path, name: Literal["params", "ema"]) -> Any:
+    """The parameters of the checkpoint at `path`, or their average, as NumPy arrays; nothing else of it is read.
+
+    This process alone. Raises: RunDirectoryError when they are not there or cannot be read.
+    """
+    try:
+        with _alone() as checkpointer:
+            item = {name: checkpointer.metadata(path).item_metadata.tree[name]}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            asked = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+            return checkpointer.restore(path, args=asked)[name]
+    except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged file
+        raise RunDirectoryError(f"{path} cannot be read ({type(error).__name__}: {error}): restore it") from error
+
+
+def write_parameters(path: Path, params: Any) -> None:
+    """Save parameters alone as an Orbax checkpoint (standard PyTree) at `path`. This process alone."""
+    with _alone() as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(params))
+
+
+def _alone() -> ocp.Checkpointer:
+    """A checkpointer with which this process acts without the others."""
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix="verification"
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why Orbax cannot read every array of a checkpoint that has no manifest, or None. This process alone reads."""
     try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with _alone() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
             if metadata is None:
                 return "it was never completed"

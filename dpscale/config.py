@@ -232,6 +232,12 @@ class PrivacySection(Section):
         "zero_out", description="which data sets are neighbours; zero_out keeps the number of examples public"
     )
     accountant: Literal["pld", "rdp"] = Field("pld", description="pld is tighter; rdp is faster")
+    public_data_used: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description='for the card of a release: public data that entered (pre-training, ..), or "none"'
+    )
+    hyperparameter_search: Literal["none", "public", "private"] | None = Field(
+        None, description="for the card: on which data these settings were chosen; epsilon covers no private search"
+    )
     insecure_seed: int | None = Field(
         None, description="tests and benchmarks only: a fixed secret, hence NO privacy guarantee"
     )

@@ -70,6 +70,16 @@ class RunDirectory:
         return self.root / "finished"
 
     @property
+    def model(self) -> Path:
+        """What a release needs to know of the model besides the config: shapes and types, public constants."""
+        return self.root / "model.json"
+
+    @property
+    def ended(self) -> Path:
+        """Where it exists the secret was destroyed, and the run is over for good."""
+        return self.root / "ended.json"
+
+    @property
     def plot(self) -> Path:
         return self.root / "plot.svg"
 
@@ -95,6 +105,14 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"{self.root} holds files that are no run's ({', '.join(strangers[:3])}): choose an empty or new "
                 "directory with --run-dir"
+            )
+
+    def refuse_if_ended(self) -> None:
+        """Raises: RunDirectoryError where the secret was destroyed: no further step can be drawn."""
+        if self.ended.exists():
+            raise RunDirectoryError(
+                f"{self.root} was ended for good by `dpscale release --destroy-secret`: without its secret no step can "
+                "be drawn as it was promised. Start a new run in another directory (its epsilon comes on top)"
             )
 
     def remove_leftovers(self) -> None:
@@ -135,4 +153,5 @@ class RunDirectory:
     def _is_ours(self, entry: Path) -> bool:
         names = {"config.toml", "plan.json", "run.json", "secret.key", "ledger.jsonl", "ckpt", "metrics", "attempts"}
         names |= {"lease", "STOP", "finished", "status.json", "plot.svg", "plot.png", "report.html", "jax_cache"}
+        names |= {"model.json", "ended.json"}
         return entry.name in names or entry.name.startswith(".")

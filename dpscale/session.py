@@ -14,16 +14,14 @@ from typing import Any
 from dpscale.checkpoint import Checkpoints
 from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
-from dpscale.errors import PrivacyError, RunDirectoryError
+from dpscale.errors import RunDirectoryError
 from dpscale.manifest import Found
 from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.program import differences, digest
 from dpscale.run_directory import RunDirectory
-
-IDENTITY_SCHEMA = 1
-SECRET_CHECK = b"this run's secret"  # its keyed digest tells one secret from another and shows neither
+from dpscale.run_record import IDENTITY_SCHEMA, SECRET_CHECK, check_plan, open_secret, read_identity
 
 
 @dataclass(frozen=True)
@@ -96,18 +94,15 @@ def open_session(
         file of the run cannot be read or written; PrivacyError where the ledger does not fit the rest.
     """
     try:
+        directory.refuse_if_ended()
         directory.remove_leftovers()
         if not directory.identity.exists():
             _set_up(directory, config, num_examples, data_fingerprint, program, checkpoints)
-        secret = _secret(directory, config)
+        secret = open_secret(directory, config)
         identity = _identity(directory, secret, data_fingerprint)
         plan = _plan(directory, config, num_examples)
         ledger = Ledger.load(directory.ledger, secret)
-        if ledger.plans - {plan.digest()}:
-            raise PrivacyError(
-                f"{directory.ledger} charges steps of another plan than {directory.plan} states: one of the files was "
-                "replaced. Restore it; epsilon cannot be computed from both"
-            )
+        check_plan(ledger, plan, directory)
         changed = differences(identity["program"], program)
         if changed and not new_attempt:
             raise RunDirectoryError(
@@ -163,7 +158,7 @@ def _set_up(
     directory.secret.unlink(missing_ok=True)
     if config.privacy.insecure_seed is None:
         RootSecret.create(directory.secret)
-    secret = _secret(directory, config)
+    secret = open_secret(directory, config)
     write_atomically(directory.config, to_toml(config))
     write_atomically(directory.plan, plan.to_json())
     directory.write_json(
@@ -179,29 +174,9 @@ def _set_up(
     )
 
 
-def _secret(directory: RunDirectory, config: RunConfig) -> RootSecret:
-    if config.privacy.insecure_seed is not None:
-        if directory.secret.exists():
-            raise RunDirectoryError(
-                f"privacy.insecure_seed is set but {directory.root} has a true secret: remove the key from the config"
-            )
-        return RootSecret.from_insecure_seed(config.privacy.insecure_seed)
-    return RootSecret.load(directory.secret)
-
-
 def _identity(directory: RunDirectory, secret: RootSecret, data_fingerprint: bytes) -> dict[str, Any]:
     """run.json, once it is sure that secret and data are the run's own."""
-    identity = directory.read_json(directory.identity)
-    if identity.get("schema") != IDENTITY_SCHEMA or not {"place", "secret", "data", "program"} <= identity.keys():
-        raise RunDirectoryError(
-            f"{directory.identity} is not of schema {IDENTITY_SCHEMA}, or lacks keys: use the dpscale that wrote it, "
-            "or restore it"
-        )
-    if identity["secret"] != secret.mac("fingerprint", SECRET_CHECK):
-        raise RunDirectoryError(
-            f"the secret is not the one that {directory.root} was started with ({directory.secret.name} was replaced, "
-            "or privacy.insecure_seed changed): restore it; no other will do"
-        )
+    identity = read_identity(directory, secret)
     if identity["data"] != secret.mac("fingerprint", data_fingerprint):
         raise RunDirectoryError(
             f"the training data differ from those that {directory.root} was started with: a run has one data set. "

@@ -85,9 +85,11 @@ def _record_task(
         return _own_loss(params, loss)
     transform = build_transform(config.data, metadata)
     if model is None:
-        outputs = metadata.num_classes if metadata.label_kind == "class" else int(np.prod(metadata.label_shape)) or 1
         model = build_model(
-            config.model.name, outputs, compute_dtype=config.performance.compute_dtype, **config.model.options
+            config.model.name,
+            _outputs(metadata),
+            compute_dtype=config.performance.compute_dtype,
+            **config.model.options,
         )
     functional = as_functional(model, _model_input(transform, metadata, raw=loss is not None), seed=config.run.seed)
     if loss is not None:
@@ -99,6 +101,32 @@ def _record_task(
         return Task(functional.params, own, True, classification_metrics(functional.apply, transform))
     own = regression_loss(functional.apply, transform, views=views)
     return Task(functional.params, own, True, regression_metrics(functional.apply, transform))
+
+
+def model_facts(config: RunConfig, metadata: SourceMetadata, *, model: Any = None, loss: Any = None) -> dict[str, Any]:
+    """What is needed beside the weights to build the model again with `dpscale.models`: public constants only.
+
+    `source` is "python" where the model is the user's own; the rest is then None. Takes what `build_task` takes.
+    """
+    facts: dict[str, Any] = {"schema": 1, "source": "python", "name": None, "options": None, "num_classes": None}
+    facts |= {"compute_dtype": config.performance.compute_dtype, "features": None, "preprocessing": None}
+    if model is not None:
+        return facts
+    transform = build_transform(config.data, metadata)
+    built = build_model(config.model.name, _outputs(metadata), **config.model.options)
+    options = {name: value for name, value in config.model.options.items() if hasattr(built, name)}
+    features = _model_input(transform, metadata, raw=loss is not None)
+    facts |= {"source": "dpscale.models", "name": config.model.name, "options": options}
+    facts |= {"num_classes": _outputs(metadata)}
+    facts["features"] = {"shape": list(features.shape), "dtype": str(features.dtype)}
+    if loss is None:  # otherwise the user's loss prepares the features, and its code is not released
+        constants = {"full_scale": transform.full_scale, "mean": transform.mean, "std": transform.std}
+        facts["preprocessing"] = constants if not transform.tokens else {}
+    return facts
+
+
+def _outputs(metadata: SourceMetadata) -> int | None:
+    return metadata.num_classes if metadata.label_kind == "class" else int(np.prod(metadata.label_shape)) or 1
 
 
 def example_shapes(metadata: SourceMetadata) -> dict[str, jax.ShapeDtypeStruct]:

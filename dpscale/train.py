@@ -29,6 +29,7 @@ from dpscale.gradients import check_groups, compiled_steps, make_placement
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
 from dpscale.mesh import data_mesh
+from dpscale.metrics.files import explained
 from dpscale.metrics.recorder import Recorder
 from dpscale.optimizer import learning_rate_schedule
 from dpscale.physical_batch import agreed_physical_batch_size
@@ -42,7 +43,7 @@ from dpscale.sampling import PoissonSampler
 from dpscale.session import Briefing, ledger_facts, open_session
 from dpscale.step import requests_array
 from dpscale.stopping import StopRequests
-from dpscale.task import Task, build_task, example_shapes
+from dpscale.task import Task, build_task, example_shapes, model_facts
 from dpscale.watchdog import Watchdog
 
 # Steps charged ahead where checkpoint.every_steps does not say: what a SIGKILL can leave charged until the resume.
@@ -136,6 +137,10 @@ def train(
         stack.callback(watchdog.close)
         with watchdog.grace():
             run.open(new_attempt=new_attempt)
+            if is_main():
+                with explained(directory.model):
+                    facts = model_facts(config, source.metadata, model=model, loss=loss)
+                    directory.write_json(directory.model, facts)
             run.build()
         run.loop(progress=progress and is_main())
         with watchdog.grace():

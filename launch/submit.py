@@ -16,6 +16,7 @@ from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
 from dpscale.errors import InputError, RunDirectoryError
 from dpscale.lease import EXPIRES_AFTER_S
+from dpscale.run_directory import RunDirectory
 from launch import slurm_commands
 from launch.profiles import Profile, load_profile
 from launch.resources import Resources, parse_time
@@ -87,8 +88,10 @@ def submit_run(
 
     Guarantees: the job reads a copy of `config` in the run directory, so that later edits do not change a queued job.
 
-    Raises: InputError for what cannot be submitted; RunDirectoryError while a job of this run is still there.
+    Raises: InputError for what cannot be submitted; RunDirectoryError while a job of this run is still there, and
+        where its secret was destroyed.
     """
+    RunDirectory.at(run_dir).refuse_if_ended()
     profile = load_profile(submission.profile)
     wait_s = _lease_wait_s(run_dir)
     begin = (f"--begin=now+{wait_s}",) if wait_s else ()

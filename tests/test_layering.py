@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each layer may import from those before it, and from itself.
 LAYERS = [
-    ["dpscale.errors", "dpscale.durable", "dpscale.manifest"],
+    ["dpscale.errors", "dpscale.durable", "dpscale.manifest", "dpscale.weights"],
     ["dpscale.config"],
     ["dpscale.privacy"],
     ["dpscale.sampling"],
@@ -33,7 +33,8 @@ LAYERS = [
     ["dpscale.feed", "dpscale.loop", "dpscale.evaluate", "dpscale.checkpoint", "dpscale.task", "dpscale.metrics"],
     ["dpscale.gradients", "dpscale.restore"],
     ["dpscale.physical_batch"],
-    ["dpscale.session"],
+    ["dpscale.run_record"],
+    ["dpscale.session", "dpscale.spending", "dpscale.search_cost", "dpscale.release"],
     ["dpscale.page"],
     ["dpscale.scaling"],
     ["dpscale.report"],
@@ -43,7 +44,7 @@ LAYERS = [
     ["dpscale.scaling.parts", "dpscale.scaling.measure", "dpscale.scaling.in_task"],
     ["launch"],
     ["dpscale.scaling.job", "dpscale.scaling.by_hand"],
-    ["dpscale.cli_cluster", "dpscale.cli_audit", "dpscale.cli_data", "dpscale.cli_scaling"],
+    ["dpscale.cli_cluster", "dpscale.cli_audit", "dpscale.cli_data", "dpscale.cli_privacy", "dpscale.cli_scaling"],
     ["dpscale.cli"],
     ["dpscale.__main__"],
 ]
@@ -52,6 +53,8 @@ WITHOUT_JAX += [
     "dpscale.privacy.accounting",
     "dpscale.privacy.ledger",
     "dpscale.manifest",
+    "dpscale.spending",
+    "dpscale.release",
     "dpscale.batching",
     "dpscale.cli",
     "dpscale.data.convert",

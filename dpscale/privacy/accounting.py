@@ -144,9 +144,9 @@ def delta(
     if certain is not None:
         return 0.0 if certain <= epsilon else 1.0
     if accountant == "rdp":
-        return min(1.0, float(_rdp_accountant(step, steps).get_delta(epsilon)))
+        return min(1.0, float(rdp_accountant(step, steps).get_delta(epsilon)))
     composed = _composed_pld(step, steps, 1)
-    return min(1.0, float(composed.get_delta_for_epsilon(epsilon)) + _rounding_of_delta(step, steps))
+    return min(1.0, float(composed.get_delta_for_epsilon(epsilon)) + rounding_of_delta(step, steps))
 
 
 def noise_multiplier(
@@ -243,9 +243,9 @@ def _epsilon(step: Step, steps: int, delta: float, accountant: str, coarsening: 
     if certain is not None:
         return certain
     if accountant == "rdp":
-        return float(_rdp_accountant(step, steps).get_epsilon(delta))
+        return float(rdp_accountant(step, steps).get_epsilon(delta))
     composed = _composed_pld(step, steps, coarsening)
-    return float(composed.get_epsilon_for_delta(delta - _rounding_of_delta(step, steps)))
+    return float(composed.get_epsilon_for_delta(delta - rounding_of_delta(step, steps)))
 
 
 def _certain_epsilon(step: Step, steps: int) -> float | None:
@@ -268,10 +268,10 @@ def check(step: Step, steps: int, delta: float | None, accountant: str) -> None:
         raise InputError(f"accountant={accountant!r} is unknown: choose one of {', '.join(ACCOUNTANTS)}")
     if accountant == "rdp":
         _check_rdp(step)
-    elif delta is not None and delta < 4 * _rounding_of_delta(step, steps):
+    elif delta is not None and delta < 4 * rounding_of_delta(step, steps):
         raise InputError(
             f"delta={delta} is too small for the pld accountant over {steps} steps: double precision resolves "
-            f'{4 * _rounding_of_delta(step, steps):.1e} and more. Choose a larger delta, or accountant="rdp"'
+            f'{4 * rounding_of_delta(step, steps):.1e} and more. Choose a larger delta, or accountant="rdp"'
         )
 
 
@@ -298,16 +298,17 @@ def _relation(step: Step) -> Any:
     }[step.neighboring_relation]
 
 
-def _rdp_accountant(step: Step, steps: int) -> Any:
+def rdp_accountant(step: Step, steps: int) -> Any:
+    """dp-accounting's RDP accountant with `steps` steps in it."""
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant(neighboring_relation=_relation(step))
-    with _without_remarks_on_orders():
+    with without_remarks_on_orders():
         return accountant.compose(step.dp_event(steps))
 
 
 @contextlib.contextmanager
-def _without_remarks_on_orders() -> Iterator[None]:
+def without_remarks_on_orders() -> Iterator[None]:
     """Keep the terminal free of dp-accounting's remark that an order was left out, which only loosens the bound."""
     logger = logging.getLogger("absl")
 
@@ -325,7 +326,8 @@ def _is_plain_gaussian(step: Step) -> bool:
     return step.sampling_rate == 1 and step.max_batch_size is None
 
 
-def _rounding_of_delta(step: Step, steps: int) -> float:
+def rounding_of_delta(step: Step, steps: int) -> float:
+    """What the transforms of `steps` steps may have taken off delta, or added to it."""
     transforms = 0 if _is_plain_gaussian(step) else steps
     return _TAIL_OF_DELTA + _ROUNDING_OF_DELTA_PER_STEP * transforms
 
@@ -334,12 +336,13 @@ def _composed_pld(step: Step, steps: int, coarsening: int) -> Any:
     if _is_plain_gaussian(step):
         # T Gaussian steps are one with sigma / sqrt(T), exactly: nothing to transform.
         alone = Step(step.noise_multiplier / math.sqrt(steps), 1.0, step.neighboring_relation)
-        return _one_step_pld(alone, _grid(alone) * coarsening)
-    return _one_step_pld(step, _grid(step) * coarsening).self_compose(steps)
+        return one_step_pld(alone, grid_spacing(alone) * coarsening)
+    return one_step_pld(step, grid_spacing(step) * coarsening).self_compose(steps)
 
 
 @functools.lru_cache(maxsize=4)
-def _one_step_pld(step: Step, grid: float) -> Any:
+def one_step_pld(step: Step, grid: float) -> Any:
+    """Pessimistic privacy loss distribution of one step, on a grid of that spacing."""
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     if step.max_batch_size is None:
@@ -360,18 +363,21 @@ def _one_step_pld(step: Step, grid: float) -> Any:
     )
 
 
-def _grid(step: Step) -> float:
+def grid_spacing(*steps: Step) -> float:
     """Spacing of the grid of privacy losses: any spacing gives an upper bound, a finer one a tighter bound.
 
     A fiftieth of one step's standard deviation (near q * sqrt(exp(1 / sigma^2) - 1)) puts epsilon within about
     1e-4 of its limit; at most 1e-3; and coarse enough that one step spans at most 100,000 points (a second or
     two), which binds for small noise, where epsilon is large, and for extremely small sampling rates.
-    Powers of two, so that epsilon falls smoothly with the noise and no last bit of a logarithm can move it.
+    Powers of two, so that epsilon falls smoothly with the noise and no last bit of a logarithm can move it. Several
+    steps that are to be composed share one grid: fine enough for each of them, as far as none gets too many points.
     """
-    sigma, q = step.noise_multiplier, step.sampling_rate
-    deviation = q * math.sqrt(math.expm1(min(1 / sigma**2, 50.0)))
-    shift = (1.0 if step.max_batch_size is None else 4.0) / sigma
-    largest = 10 * shift + shift**2 / 2  # the loss without sampling where dp-accounting cuts the tail
-    top = max(largest + math.log(q), math.log1p(q * math.expm1(min(largest, 50.0))))
-    spacing = max(min(deviation / 50, 1e-3), 2 * top / 50_000, 2e-8)
-    return 2.0 ** math.floor(math.log2(spacing))
+    finest, coarsest = 1e-3, 2e-8
+    for step in steps:
+        sigma, q = step.noise_multiplier, step.sampling_rate
+        deviation = q * math.sqrt(math.expm1(min(1 / sigma**2, 50.0)))
+        shift = (1.0 if step.max_batch_size is None else 4.0) / sigma
+        largest = 10 * shift + shift**2 / 2  # the loss without sampling where dp-accounting cuts the tail
+        top = max(largest + math.log(q), math.log1p(q * math.expm1(min(largest, 50.0))))
+        finest, coarsest = min(finest, deviation / 50), max(coarsest, 2 * top / 50_000)
+    return 2.0 ** math.floor(math.log2(max(finest, coarsest)))

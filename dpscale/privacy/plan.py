@@ -105,7 +105,7 @@ class PrivacyPlan:
             )
         self._check_groups()
         # Twice the steps: replayed ones must not bring delta below what the accountant can resolve.
-        accounting.check(self._step, 2 * self.chargeable_steps, self.delta, self.accountant)
+        accounting.check(self.accounted_step, 2 * self.chargeable_steps, self.delta, self.accountant)
 
     @classmethod
     def from_config(cls, config: RunConfig, *, num_examples: int, cached: PrivacyPlan | None = None) -> PrivacyPlan:
@@ -243,7 +243,7 @@ class PrivacyPlan:
             from dp_accounting import dp_event
 
             return dp_event.NonPrivateDpEvent()
-        return self._step.dp_event(steps)
+        return self.accounted_step.dp_event(steps)
 
     @property
     def warnings(self) -> list[str]:
@@ -314,7 +314,7 @@ class PrivacyPlan:
         return [f"{name}: {old} -> {now}" for name, old, now in pairs if old != now]
 
     @property
-    def _step(self) -> accounting.Step:
+    def accounted_step(self) -> accounting.Step:
         return accounting.Step(
             self.noise_multiplier,
             self.sampling_rate,

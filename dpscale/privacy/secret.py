@@ -157,6 +157,27 @@ class RootSecret:
         raise TypeError("a RootSecret cannot be pickled or copied: pass its file's path instead")
 
 
+def destroy(path: str | os.PathLike[str]) -> None:
+    """Overwrite the secret's file with random bytes, on disk, and remove it.
+
+    Edge cases: does nothing where the file is gone. Copies (backups, snapshots of the file system) and blocks that a
+    flash disk or a copy-on-write file system kept are out of reach.
+
+    Raises: RunDirectoryError when it cannot be written or removed.
+    """
+    path = Path(path)
+    try:
+        with path.open("r+b", buffering=0) as file:
+            file.write(os.urandom(max(os.fstat(file.fileno()).st_size, 2 * SECRET_BYTES + 1)))
+            os.fsync(file.fileno())
+        path.unlink()
+        sync_directory(path.parent)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _cannot("destroy", path, error) from error
+
+
 def _cannot(verb: str, path: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
         f"cannot {verb} the secret {path} ({error.strerror}): the run keeps it there. "

@@ -1,0 +1,179 @@
+"""RunRecord: what a run directory says about its privacy, read while the run may go on: no lease, no write, no jax."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpscale.config import RunConfig, load_config
+from dpscale.errors import PrivacyError, RunDirectoryError
+from dpscale.manifest import Found, read_manifest, saved_steps
+from dpscale.privacy.ledger import Ledger
+from dpscale.privacy.plan import PrivacyPlan
+from dpscale.privacy.secret import RootSecret
+from dpscale.run_directory import RunDirectory
+
+IDENTITY_SCHEMA = 1
+SECRET_CHECK = b"this run's secret"  # its keyed digest tells one secret from another and shows neither
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory whose files fit each other.
+
+    `saved`: the checkpoints that have a manifest, oldest first. `secret`: None where it was destroyed; `ended` then
+    says when, and with which ledger. `ledger_sha256`: of the ledger's whole lines.
+    """
+
+    directory: RunDirectory
+    config: RunConfig
+    plan: PrivacyPlan
+    identity: dict[str, Any]
+    secret: RootSecret | None
+    ended: dict[str, Any] | None
+    saved: list[Found]
+    ledger: Ledger
+    ledger_sha256: str
+
+    @property
+    def charged_steps(self) -> int:
+        """Steps that epsilon is computed for now."""
+        return self.ledger.charged_steps
+
+    @property
+    def charged_at_end(self) -> int:
+        """Steps that will be charged at the planned end; never below what is charged now."""
+        current = self.ledger.current
+        if current is None:
+            return self.plan.steps
+        before = self.charged_steps - current.steps
+        last = self.plan.last_step(current.start, before)
+        return max(self.charged_steps, before + last - current.start)
+
+    @property
+    def committed_step(self) -> int:
+        """The last step whose checkpoint is known to be durable."""
+        return self.ledger.current.committed if self.ledger.current else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its planned end, so that nobody chose where it stopped."""
+        current = self.ledger.current
+        if current is None:
+            return False
+        last = self.plan.last_step(current.start, self.charged_steps - current.steps)
+        return current.committed == current.end >= last
+
+    @property
+    def is_insecure(self) -> bool:
+        """Whether anyone can make the same noise."""
+        return self.config.privacy.insecure_seed is not None
+
+    @property
+    def verification(self) -> str:
+        """How far the ledger could be checked, as a sentence."""
+        if self.secret is None:
+            return (
+                "the chain can no longer be verified, for the secret was destroyed; it was whole then, and the file "
+                "has not changed since"
+            )
+        if not self.saved:
+            return "the chain of keyed digests is whole; there is no checkpoint yet to compare it with"
+        return (
+            "the chain of keyed digests is whole, and holds every line that the checkpoint of step "
+            f"{self.saved[-1].step} was saved after"
+        )
+
+
+def read_run(path: str | os.PathLike[str]) -> RunRecord:
+    """Read the run directory at `path` and check that config, plan, secret, ledger and checkpoints belong together.
+
+    Raises: RunDirectoryError where a file is missing, unreadable or of a newer version; PrivacyError where the ledger
+        was altered, lost lines, or is another run's.
+    """
+    directory = RunDirectory.at(path)
+    if not directory.identity.exists():
+        raise RunDirectoryError(f"{directory.root} is no run directory (it has no run.json): give one that train made")
+    try:
+        ended = _read_ended(directory) if directory.ended.exists() else None
+        config = load_config(directory.config)
+        plan = PrivacyPlan.from_json(directory.read_text(directory.plan))
+        secret = open_secret(directory, config) if ended is None else None
+        identity = read_identity(directory, secret)
+        saved = _saved(directory)  # before the ledger, which only grows: a line that a checkpoint knows must be there
+        data = directory.ledger.read_bytes() if directory.ledger.exists() else b""
+    except OSError as error:
+        raise RunDirectoryError(f"{directory.root} cannot be read ({error}): repair access, and try again") from error
+    ledger = Ledger.parse(directory.ledger, data, secret)
+    sha256 = hashlib.sha256(data[: len(data) - ledger.torn_bytes]).hexdigest()
+    if ended is not None and ended["ledger_sha256"] != sha256:
+        raise PrivacyError(
+            f"{directory.ledger} is not the file that it was when the secret was destroyed: it was altered. Restore "
+            "it; epsilon cannot be computed from it"
+        )
+    check_plan(ledger, plan, directory)
+    for found in saved:
+        ledger.check_saved(found.step, found.facts)
+    return RunRecord(directory, config, plan, identity, secret, ended, saved, ledger, sha256)
+
+
+def open_secret(directory: RunDirectory, config: RunConfig) -> RootSecret:
+    """The run's secret, from its file or from the config's insecure seed.
+
+    Raises: RunDirectoryError where it cannot be read, or both are there.
+    """
+    if config.privacy.insecure_seed is not None:
+        if directory.secret.exists():
+            raise RunDirectoryError(
+                f"privacy.insecure_seed is set but {directory.root} has a true secret: remove the key from the config"
+            )
+        return RootSecret.from_insecure_seed(config.privacy.insecure_seed)
+    return RootSecret.load(directory.secret)
+
+
+def read_identity(directory: RunDirectory, secret: RootSecret | None) -> dict[str, Any]:
+    """run.json, once it is sure that `secret` (where there is one) is the run's own.
+
+    Raises: RunDirectoryError where it is not, or the file is no run.json of this version.
+    """
+    identity = directory.read_json(directory.identity)
+    if identity.get("schema") != IDENTITY_SCHEMA or not {"place", "secret", "data", "program"} <= identity.keys():
+        raise RunDirectoryError(
+            f"{directory.identity} is not of schema {IDENTITY_SCHEMA}, or lacks keys: use the dpscale that wrote it, "
+            "or restore it"
+        )
+    if secret is not None and identity["secret"] != secret.mac("fingerprint", SECRET_CHECK):
+        raise RunDirectoryError(
+            f"the secret is not the one that {directory.root} was started with ({directory.secret.name} was replaced, "
+            "or privacy.insecure_seed changed): restore it; no other will do"
+        )
+    return identity
+
+
+def check_plan(ledger: Ledger, plan: PrivacyPlan, directory: RunDirectory) -> None:
+    """Raises: PrivacyError where the ledger charges steps of another plan than plan.json states."""
+    if ledger.plans - {plan.digest()}:
+        raise PrivacyError(
+            f"{directory.ledger} charges steps of another plan than {directory.plan} states: one of the files was "
+            "replaced. Restore it; epsilon cannot be computed from both"
+        )
+
+
+def _read_ended(directory: RunDirectory) -> dict[str, Any]:
+    ended = directory.read_json(directory.ended)
+    if ended.get("schema") != 1 or not isinstance(ended.get("ledger_sha256"), str):
+        raise RunDirectoryError(f"{directory.ended} is not what `dpscale release` wrote: restore it")
+    return ended
+
+
+def _saved(directory: RunDirectory) -> list[Found]:
+    """Checkpoints with a manifest; a running run may remove one between two looks."""
+    found = []
+    for step in saved_steps(directory.checkpoints):
+        fault, saved, _ = read_manifest(Path(directory.checkpoints) / str(step))
+        if fault is None:
+            found.append(saved)
+    return found
