@@ -39,6 +39,17 @@ def mean_squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(prediction.astype(jnp.float32).reshape(target.shape) - target))
 
 
+def next_token_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over the positions of -log softmax(logits[t])[targets[t]], in nats; 0 where no position counts.
+
+    logits: float[T, V]; targets: int[T]. A target outside [0, V) is ignored: padding is marked by a negative one.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    counted = (targets >= 0) & (targets < logits.shape[-1])
+    chosen = jnp.take_along_axis(log_p, jnp.where(counted, targets, 0)[:, None], axis=-1)[:, 0]
+    return -jnp.sum(jnp.where(counted, chosen, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+
+
 def classification_loss(
     apply: Callable[..., jax.Array],
     transform: Transform | None = None,
@@ -65,6 +76,15 @@ def regression_loss(apply: Callable[..., jax.Array], transform: Transform | None
 def binary_loss(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Loss:
     """`loss(params, example, key)`: binary cross entropy of one example; see `classification_loss`."""
     return per_example_loss(apply, binary_cross_entropy, transform)
+
+
+def language_model_loss(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Loss:
+    """`loss(params, example, key)`: mean cross entropy of the tokens that follow; see `next_token_cross_entropy`.
+
+    The example is one text: its features are int[T] ids, its label int[T], the token that follows each. One text of any
+    length has one clipped gradient, so a guarantee for one example is one for a whole text.
+    """
+    return per_example_loss(apply, next_token_cross_entropy, transform)
 
 
 def per_example_loss(
@@ -131,6 +151,24 @@ def classification_metrics(apply: Callable[..., jax.Array], transform: Transform
             "loss": softmax_cross_entropy(logits, example["label"]),
             "correct": right.astype(jnp.float32),
         }
+
+    return metrics
+
+
+def language_model_metrics(apply: Callable[..., jax.Array], transform: Transform | None = None) -> Metrics:
+    """`metrics(params, example) -> {"loss", "correct"}`: means over one text's positions, float32 scalars.
+
+    "loss" is `next_token_cross_entropy` (exp of its mean over texts of one length is the perplexity); "correct" is the
+    share of the counted positions whose largest logit is the next token's, 0 for one whose logits are not finite.
+    """
+
+    def metrics(params: Any, example: Example) -> dict[str, jax.Array]:
+        logits = _output(apply, transform, params, example["features"], None)
+        targets = example["label"]
+        counted = (targets >= 0) & (targets < logits.shape[-1])
+        right = (jnp.argmax(logits, axis=-1) == targets) & jnp.all(jnp.isfinite(logits), axis=-1) & counted
+        share = jnp.sum(right, dtype=jnp.float32) / jnp.maximum(jnp.sum(counted), 1)
+        return {"loss": next_token_cross_entropy(logits, targets), "correct": share}
 
     return metrics
 

@@ -11,7 +11,10 @@ from dpscale.losses import (
     binary_loss,
     classification_loss,
     classification_metrics,
+    language_model_loss,
+    language_model_metrics,
     mean_squared_error,
+    next_token_cross_entropy,
     regression_loss,
     regression_metrics,
     softmax_cross_entropy,
@@ -49,6 +52,27 @@ def test_mean_squared_error_of_a_scalar_target_does_not_broadcast():
     assert mean_squared_error(jnp.array([3.0, 1.0]), jnp.array([1.0, 1.0])) == 2.0
     with pytest.raises(TypeError):
         mean_squared_error(jnp.ones(3), jnp.asarray(1.0))
+
+
+def test_a_texts_loss_is_the_mean_over_the_positions_that_count():
+    targets = jnp.array([3, -1, 0, 4, 5, -100] + [-1] * 14)  # 5 is beyond the vocabulary
+    each = [softmax_cross_entropy(LOGITS[i], targets[i]) for i in (0, 2, 3)]
+    np.testing.assert_allclose(next_token_cross_entropy(LOGITS, targets), np.mean(each), rtol=1e-6)
+    nothing, gradient = jax.value_and_grad(next_token_cross_entropy)(LOGITS, jnp.full(20, -1))
+    assert nothing == 0
+    assert not gradient.any()
+
+
+def test_language_model_metrics_count_the_positions_that_are_right():
+    apply = lambda params, ids, key: params[ids]  # noqa: E731
+    table = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [jnp.nan, 1.0, 2.0]])
+    example = {"features": jnp.array([0, 1, 0, 2, 1]), "label": jnp.array([1, 0, 2, 2, -1])}
+    found = language_model_metrics(apply)(table, example)
+    assert found["correct"] == 2 / 4
+    whole = {"features": jnp.array([0, 1]), "label": jnp.array([1, 2])}
+    expected = next_token_cross_entropy(table[:2], whole["label"])
+    assert language_model_loss(apply)(table, whole, None) == expected
+    assert language_model_metrics(apply)(table, whole)["loss"] == expected
 
 
 @pytest.mark.parametrize("label", [-1, 5, 2**31 - 1, -(2**31)])

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dpscale.models.activations import activation
 from dpscale.models.registry import register
 
 
 @register("mlp")
 class MLP(nn.Module):
-    """Dense layers of `widths` with ReLU, then one of `num_classes` outputs; the example is flattened first.
+    """Dense layers of `widths` with the activation, then one of `num_classes` outputs; the example is flattened first.
 
     One example of any shape -> float32[num_classes]. With `example_ndim` set, leading axes beyond that many
     are batch axes.
@@ -19,6 +20,7 @@ class MLP(nn.Module):
 
     num_classes: int
     widths: tuple[int, ...] = (256, 256)
+    activation: str = "relu"
     dropout: float = 0.0
     dtype: Any = jnp.float32
     example_ndim: int = -1
@@ -28,6 +30,6 @@ class MLP(nn.Module):
         batch = features.shape[: features.ndim - self.example_ndim] if self.example_ndim >= 0 else ()
         x = features.reshape(*batch, -1)
         for width in self.widths:
-            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+            x = activation(self.activation)(nn.Dense(width, dtype=self.dtype)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""A small vision transformer."""
+"""Vision transformers."""
 
 from typing import Any
 
@@ -7,33 +7,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpscale.errors import InputError
-from dpscale.models.registry import register, require_image
-
-
-class _Block(nn.Module):
-    heads: int
-    mlp_ratio: int
-    dropout: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        width = x.shape[-1]
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = nn.MultiHeadAttention(num_heads=self.heads, dtype=self.dtype, name="attention")(y)
-        x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = nn.gelu(nn.Dense(self.mlp_ratio * width, dtype=self.dtype)(y))
-        y = nn.Dense(width, dtype=self.dtype)(y)
-        return x + nn.Dropout(self.dropout, deterministic=not train)(y)
+from dpscale.models.registry import register, register_preset, require_image
+from dpscale.models.transformer import KERNEL, apply_blocks
 
 
 @register("vit")
 class ViT(nn.Module):
-    """Patches, learned positions, pre-norm transformer blocks, mean over patches, dense head.
+    """Patches, learned positions, pre-norm transformer blocks, norm, dense head. [.., H, W, C] -> float32[.., classes].
 
-    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021), with mean pooling instead of a
-    class token. [..., H, W, C] -> float32[..., num_classes].
+    With `class_token` the published architecture (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; the
+    presets); without, the mean over patches takes the token's place, which is better for small images.
     """
 
     num_classes: int
@@ -42,7 +25,12 @@ class ViT(nn.Module):
     heads: int = 3
     patch_size: int = 4
     mlp_ratio: int = 4
+    class_token: bool = False
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-6
     dropout: float = 0.0
+    scan: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -50,17 +38,34 @@ class ViT(nn.Module):
         self._check(features)
         x = _patches(features, self.patch_size)
         x = nn.Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
-        positions = self.param("positions", nn.initializers.normal(0.02), (x.shape[-2], self.width))
-        x = x + positions.astype(x.dtype)
-        for _ in range(self.depth):
-            x = _Block(self.heads, self.mlp_ratio, self.dropout, self.dtype)(x, train)
-        x = nn.LayerNorm(dtype=self.dtype)(x).mean(axis=-2)
+        if self.class_token:
+            token = self.param("class_token", nn.initializers.zeros_init(), (1, self.width))
+            x = jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:-2], 1, self.width)).astype(x.dtype), x], axis=-2)
+        positions = self.param("positions", KERNEL, (x.shape[-2], self.width))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x + positions.astype(x.dtype))
+        x = apply_blocks(
+            x,
+            None,
+            depth=self.depth,
+            scan=self.scan,
+            remat=self.remat,
+            heads=self.heads,
+            mlp_width=self.mlp_ratio * self.width,
+            activation=self.activation,
+            norm_epsilon=self.norm_epsilon,
+            norm_after=False,
+            dropout=self.dropout,
+            train=train,
+            dtype=self.dtype,
+        )
+        if self.class_token:
+            x = x[..., 0, :]
+        x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="norm")(x)
+        x = x if self.class_token else x.mean(axis=-2)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
 
     def _check(self, features: jax.Array) -> None:
         require_image(features, "vit")
-        if self.width % self.heads:
-            raise InputError(f"model.width={self.width} must be a multiple of model.heads={self.heads}")
         height, width = features.shape[-3:-1]
         if height % self.patch_size or width % self.patch_size:
             raise InputError(f"model.patch_size={self.patch_size} must divide the image of {height} x {width} pixels")
@@ -73,3 +78,12 @@ def _patches(images: jax.Array, size: int) -> jax.Array:
     x = images.reshape(*batch, rows, size, columns, size, channels)
     x = jnp.swapaxes(x, -4, -3)
     return x.reshape(*batch, rows * columns, size * size * channels)
+
+
+for _name, _width, _depth, _heads in (
+    ("vit_tiny16", 192, 12, 3),
+    ("vit_small16", 384, 12, 6),
+    ("vit_b16", 768, 12, 12),
+    ("vit_l16", 1024, 24, 16),
+):
+    register_preset(_name, "vit", width=_width, depth=_depth, heads=_heads, patch_size=16, class_token=True)
