@@ -1,9 +1,15 @@
-"""Step time, private and not, and the host's share of it: `python benchmarks/step.py`, some minutes on two cores."""
+"""Step time, private and not, and the host's share of it: `python benchmarks/step.py`, some minutes on two cores.
+
+The host's share is what the loop takes more than its device work alone. Where the device is the same CPU, that is the
+host's work itself, competing for the cores; whether the device ever waited for it is counted apart: `idle_dispatches`
+are calls after the first that found all earlier work done, which means that the device had nothing to do.
+"""
 
 import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +39,23 @@ CASES: list[tuple[str, list[str]]] = [
     ("private, data on the device", []),
     ("private, data on the host", ["data.residence=host"]),
 ]
+
+
+class Watched:
+    """The step functions, counting the calls (after the first) that find the device without work."""
+
+    def __init__(self, functions: StepFunctions) -> None:
+        self.dispatches = self.idle = 0
+        self.functions = replace(
+            functions,
+            accumulate=lambda params, sums, *rest: functions.accumulate(params, self._seen(sums), *rest),
+            finalize=lambda state, sums, *rest: functions.finalize(state, self._seen(sums), *rest),
+        )
+
+    def _seen(self, sums: Any) -> Any:
+        self.idle += self.dispatches > 0 and sums.statistics.is_ready()
+        self.dispatches += 1
+        return sums
 
 
 class Case:
@@ -70,9 +93,10 @@ class Case:
         if self.functions is None:
             compile_for = (self.placement, state, feed.table, rows[0])
             self.functions = compiled_steps(self.config, self.plan, self.task, *compile_for)
+        watched = Watched(self.functions)
         requests = requests_array(self.mesh, stop=False, save=False)
         loop = training_steps(
-            self.functions,
+            watched.functions,
             state,
             feed.table,
             feed.batches,
@@ -90,7 +114,13 @@ class Case:
         batches = sum(self.layout.accumulations(len(self.sampler.indices(step))) for step in range(1, steps + 1))
         device = self._device_seconds(self.functions, state, feed.table, rows[0], batches, steps)
         feed.close()
-        return {"loop_s": whole / steps, "device_s": device / steps, "accumulations": batches / steps}
+        return {
+            "loop_s": whole / steps,
+            "device_s": device / steps,
+            "accumulations": batches / steps,
+            "dispatches": watched.dispatches,
+            "idle_dispatches": watched.idle,
+        }
 
     def _device_seconds(
         self, functions: StepFunctions, state: TrainState, table: Any, rows: Rows, batches: int, steps: int
@@ -128,11 +158,11 @@ def main() -> None:
             windows[name].append(case.window(arguments.steps))
     baseline = statistics.median(window["loop_s"] for window in windows[CASES[0][0]])
     rows = [_row(name, found, baseline) for name, found in windows.items()]
-    print(f"{'case':<34}{'ms a step':>10}{'spread':>16}{'x non-private':>15}{'host share':>12}")
+    print(f"{'case':<34}{'ms a step':>10}{'spread':>16}{'x non-private':>15}{'host share':>12}{'device idle':>13}")
     for row in rows:
         spread = f"{row['loop_ms_min']:.0f} to {row['loop_ms_max']:.0f}"
-        ratio = row["ratio_to_non_private"]
-        print(f"{row['case']:<34}{row['loop_ms']:>10.0f}{spread:>16}{ratio:>15.2f}{row['host_share']:>12.1%}")
+        ratio, idle = row["ratio_to_non_private"], f"{row['idle_dispatches']} of {row['dispatches']}"
+        print(f"{row['case']:<34}{row['loop_ms']:>10.0f}{spread:>16}{ratio:>15.2f}{row['host_share']:>12.1%}{idle:>13}")
     device = jax.devices()[0].device_kind
     result = {
         "benchmark": "step",
@@ -155,6 +185,8 @@ def _row(name: str, windows: list[dict[str, float]], baseline_s: float) -> dict[
         "loop_ms_max": max(loop),
         "ratio_to_non_private": statistics.median(loop) / 1e3 / baseline_s,
         "host_share": statistics.median(shares),
+        "dispatches": sum(int(window["dispatches"]) for window in windows),
+        "idle_dispatches": sum(int(window["idle_dispatches"]) for window in windows),
         "accumulations": float(np.mean([window["accumulations"] for window in windows])),
     }
 

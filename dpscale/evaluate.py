@@ -63,11 +63,11 @@ class Evaluator:
             num_threads=self._num_threads,
         ) as loader:
             for rows in (rows for logical in loader for rows in logical):
-                batch = {name: place_rows(self._mesh, column) for name, column in rows.arrays.items()}
+                batch, mask = place_rows(self._mesh, (rows.arrays, rows.mask))
                 if self._zero_sums is None:
                     self._zero_sums = self._build_zero_sums(params, batch)
                 sums = self._zero_sums() if sums is None else sums
-                sums = self._add(params, sums, batch, place_rows(self._mesh, rows.mask))
+                sums = self._add(params, sums, batch, mask)
         totals = jax.device_get(self._total(sums))
         counted = float(totals.pop(_COUNT))
         return {name: float(total) / counted if counted else math.nan for name, total in totals.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -83,5 +82,4 @@ def blank_rows(mesh: Mesh, source: ExampleSource, layout: BatchLayout, data: Dat
 
 
 def _place(mesh: Mesh, batch: PhysicalBatch) -> Rows:
-    arrays: dict[str, jax.Array] = {name: place_rows(mesh, array) for name, array in batch.arrays.items()}
-    return Rows(arrays, place_rows(mesh, id_words(batch.ids)), place_rows(mesh, batch.mask))
+    return Rows(*place_rows(mesh, (batch.arrays, id_words(batch.ids), batch.mask)))

@@ -33,11 +33,20 @@ def local_positions(mesh: Mesh) -> list[int]:
     return [place for place, device in enumerate(mesh.devices.flat) if device.process_index == me]
 
 
-def place_rows(mesh: Mesh, local: np.ndarray) -> jax.Array:
-    """A global array, split over the mesh, of which this process gives the rows of its own devices, in order."""
-    share = len(local) // len(local_positions(mesh))
-    global_shape = (share * mesh.size, *local.shape[1:])
-    return jax.make_array_from_process_local_data(split(mesh), local, global_shape)
+def place_rows(mesh: Mesh, local: Any) -> Any:
+    """Global arrays, split over the mesh, of which this process gives the rows of its own devices, in order.
+
+    local: a NumPy array, or a pytree of them, which travel together.
+    """
+    own = len(mesh.local_devices)
+    if own == mesh.size:
+        return jax.device_put(local, split(mesh))  # one call for all leaves: half the host's time
+
+    def place(leaf: np.ndarray) -> jax.Array:
+        global_shape = (len(leaf) // own * mesh.size, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(split(mesh), leaf, global_shape)
+
+    return jax.tree.map(place, local)
 
 
 def place_replicated(mesh: Mesh, tree):

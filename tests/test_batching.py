@@ -174,3 +174,19 @@ def test_impossible_layouts_are_refused():
         BatchLayout(4, -1)
     with pytest.raises(InputError, match="accumulation=-1"):
         BatchLayout(4, 1).rows(np.arange(3), -1, [0])
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 8, 9, 63, 64, 65, 1000])
+@pytest.mark.parametrize("per_process", [1, 2, 4])
+def test_every_process_computes_as_many_rows_and_reads_as_many_to_one_physical_batch_a_device(num_rows, per_process):
+    """Its straggler is at most one physical batch behind; with one device a process that is one physical batch."""
+    layout, draw = BatchLayout(physical_batch_size=8, num_devices=8), np.arange(num_rows)
+    computed, read = [], []
+    for first in range(0, 8, per_process):
+        positions = range(first, first + per_process)
+        masks = [layout.rows(draw, k, positions)[1] for k in range(layout.accumulations(num_rows))]
+        computed.append(sum(mask.size for mask in masks))
+        read.append(sum(int(mask.sum()) for mask in masks))
+    assert len(set(computed)) == 1
+    assert sum(read) == num_rows
+    assert max(read) - min(read) <= 8 * per_process

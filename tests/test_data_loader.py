@@ -245,6 +245,28 @@ def wait_for_no_grain_threads(timeout_s=10.0):
     return False
 
 
+def test_the_next_step_is_drawn_and_read_while_the_caller_is_busy_with_this_one():
+    next_was_read = threading.Event()
+
+    def rows(indices):
+        if 107 in indices:  # the last row of step 1
+            next_was_read.set()
+        return SOURCE.rows(indices)
+
+    class Apart(Fixed):
+        def indices(self, step, attempt=0):
+            return np.arange(8, dtype=np.int64) + 100 * step
+
+    draws, layout = Apart(()), BatchLayout(4, 1)
+    with Loader(Odd(rows), draws, layout, [0], planned_accumulations=2, num_threads=2, stop_step=2) as loader:
+        steps = iter(loader)
+        first = next(iter(next(steps)))
+        assert first.ids.tolist() == [0, 1, 2, 3]
+        # Nothing more is asked for: what is read now is read ahead.
+        assert next_was_read.wait(timeout=30)
+        steps.close()
+
+
 def test_after_close_the_source_is_left_alone():
     calls = []
 
