@@ -91,6 +91,7 @@ def _record_task(
             compute_dtype=config.performance.compute_dtype,
             **config.model.options,
         )
+    _check_vocabulary(model, metadata)
     functional = as_functional(model, _model_input(transform, metadata, raw=loss is not None), seed=config.run.seed)
     if loss is not None:
         return _own_loss(functional.params, loss)
@@ -153,6 +154,25 @@ def _own_loss(params: Any, loss: Callable[..., jax.Array]) -> Task:
         return {"loss": loss(params, example, *key)}
 
     return Task(params, loss, uses_key, metrics)
+
+
+def _check_vocabulary(model: Any, metadata: SourceMetadata) -> None:
+    """Token ids that a model has no row for would be clamped in silence; a wrong padding token would be attended to."""
+    rows, padding = getattr(model, "vocabulary", None), getattr(model, "pad_token", None)
+    if rows and metadata.vocabulary_size is not None and rows < metadata.vocabulary_size:
+        raise InputError(
+            f"{metadata.name} has token ids below {metadata.vocabulary_size}, but "
+            f"model.vocabulary={rows}: the tokenizer "
+            "and the model are of different vocabularies. Set data.tokenizer to the model's own, "
+            "or model.vocabulary to "
+            "the data's"
+        )
+    if None not in (padding, metadata.padding_token) and padding != metadata.padding_token:
+        raise InputError(
+            f"{metadata.name} is filled up with token {metadata.padding_token}, but "
+            f"model.pad_token={padding}: make them "
+            "equal, or the model takes padding for text"
+        )
 
 
 def _is_params(model: Any) -> bool:

@@ -11,6 +11,7 @@ from flax import linen as nn
 from dpscale.clipping import clipped_grad
 from dpscale.config import config_from_dict
 from dpscale.data import as_source
+from dpscale.data.source import SourceMetadata
 from dpscale.data.transforms import build_transform, example_keys, id_words
 from dpscale.errors import InputError
 from dpscale.losses import classification_loss
@@ -183,3 +184,28 @@ def test_images_of_constant_size_are_resized_on_the_device():
     wide = as_source((np.zeros((2, 4, 8, 3), np.uint8), np.zeros(2, int)))
     with pytest.raises(InputError, match="for square images"):
         build_transform(config(1, image_size=8).data, wide.metadata)
+
+
+class Reader(nn.Module):
+    """Something with a vocabulary, as language models have."""
+
+    vocabulary: int = 9
+    pad_token: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.Embed(self.vocabulary, 3)(x).mean(0))
+
+
+def test_a_model_of_another_vocabulary_or_padding_than_the_data_is_refused():
+    metadata = SourceMetadata(
+        "texts", (5,), np.dtype(np.int32), "class", num_classes=4, vocabulary_size=9, padding_token=0
+    )
+    assert (
+        build_task(config(1, random_flip=False, random_crop_padding=0), metadata, model=Reader()).num_parameters
+        == 9 * 3 + 16
+    )
+    with pytest.raises(InputError, match=r"texts has token ids below 9, but model.vocabulary=8"):
+        build_task(config(1, random_flip=False, random_crop_padding=0), metadata, model=Reader(vocabulary=8))
+    with pytest.raises(InputError, match=r"filled up with token 0, but model.pad_token=1"):
+        build_task(config(1, random_flip=False, random_crop_padding=0), metadata, model=Reader(pad_token=1))

@@ -475,6 +475,22 @@ def test_parquet_holds_text_tokens_and_vectors_too(tmp_path):
     assert source.metadata.feature_dtype == np.float32
 
 
+def test_token_lists_without_labels_are_documents_of_one_example_each(tmp_path):
+    path = parquet(tmp_path, input_ids=[[5, 6, 7, 8, 9], [4, 3], [2], [], None, [1, None]], id=list("abcdef"))
+    source = open_source(path, sequence_length=3, vocabulary_size=10, on_corrupt="replace")
+    rows = every(source)
+    assert rows["features"].tolist() == [[5, 6, 7], [4, 3, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert rows["label"].tolist() == [[6, 7, 8], [3, -1, -1], [-1] * 3, [-1] * 3, [0] * 3, [0] * 3]
+    assert rows["valid"].tolist() == [True] * 4 + [False] * 2
+    metadata = source.metadata
+    assert (metadata.label_kind, metadata.num_classes, metadata.label_shape) == ("tokens", 10, (3,))
+    assert source.fingerprint_parts() == open_source(path, sequence_length=3, vocabulary_size=10).fingerprint_parts()
+    with pytest.raises(InputError, match=r"each row is a document .* set data.vocabulary_size"):
+        open_source(path, sequence_length=3)
+    with pytest.raises(InputError, match=r"no column 'topic'"):
+        open_source(path, sequence_length=3, vocabulary_size=10, labels_key="topic")
+
+
 def test_corrupt_and_missing_values_are_errors_or_replaced(tmp_path):
     whole = encoded(solid(9))
     path = parquet(tmp_path, image=[whole, whole[:40], None], label=[0, 1, 1])

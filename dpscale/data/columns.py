@@ -60,6 +60,12 @@ class Tables:
             found += table.column(key).chunks
         return [chunk for chunk in found if len(chunk)]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        found = range(len(self.paths))
+        return sum(self.open(k).metadata.num_rows if self.is_parquet[k] else self._arrow[k].num_rows for k in found)
+
     def column_bytes(self, key: str) -> int:
         """What holding the column in memory takes; 0 for Arrow files, which are mapped."""
         total = 0

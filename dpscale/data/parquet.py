@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class TableSource:
     | list of integers: token ids | int32[sequence_length], cut, or filled up with 0 |
     | numbers in lists of one fixed size | float32[size] |
 
+    Token ids without a column of labels are documents: labels are the tokens that follow, -1 past a document's end.
     Arrow files are memory-mapped. Parquet up to 2 GiB is held in memory; a larger one costs a whole row group for each
     row, so convert it. Class names are those in the files' own metadata.
 
@@ -45,32 +47,27 @@ class TableSource:
         self._key = find_column(
             options.features_key, "features", IMAGE_NAMES + TEXT_NAMES + TOKEN_NAMES, tables.names, name
         )
-        label = find_column(options.labels_key, "labels", LABEL_NAMES, tables.names, name)
-        self._labels = tables.numbers(label)
+        self._read_features(tables.schema.field(self._key).type)
+        has_label = options.labels_key != "labels" or any(column in tables.names for column in LABEL_NAMES)
+        self._documents = self._kind == "tokens" and not has_label
         self._features: Column = (
             InMemoryColumn(tables, self._key)
             if tables.column_bytes(self._key) <= IN_MEMORY_BYTES
             else RowGroupColumn(tables, self._key)
         )
-        if not len(self._labels):
+        if not tables.num_rows:
             raise InputError(f"{name} holds no row: training needs at least one example")
-        class_names = _class_names(tables.schema, label)
-        num_classes = _num_classes(options, class_names, name)
-        classes = self._labels.dtype.kind in "biu"
-        if classes:
-            check_class_labels(self._labels, num_classes, name)
-        self._read_features(tables.schema.field(self._key).type)
-        self._metadata = SourceMetadata(
+        features = SourceMetadata(
             name=name,
             feature_shape=self._shape,
             feature_dtype=self._dtype,
-            label_kind="class" if classes else "value",
-            num_classes=num_classes if classes else None,
+            label_kind="tokens",
             full_scale=255.0 if self._kind == "image" else 1.0,
-            class_names=class_names,
             vocabulary_size=self._tokenizer.vocabulary_size if self._tokenizer else self._vocabulary,
             padding_token=self._tokenizer.padding_token if self._tokenizer else (0 if self._kind == "tokens" else None),
         )
+        self._metadata = self._next_tokens(features) if self._documents else self._read_labels(features, tables)
+        self._length = tables.num_rows
 
     @property
     def metadata(self) -> SourceMetadata:
@@ -79,7 +76,7 @@ class TableSource:
 
     def __len__(self) -> int:
         """Number of rows of all files."""
-        return len(self._labels)
+        return self._length
 
     def rows(self, indices: np.ndarray) -> Batch:
         """The rows at `indices`, int64[n], decoded or tokenised by the calling thread."""
@@ -87,6 +84,8 @@ class TableSource:
         values = dict(zip(indices.tolist(), self._features.values(indices), strict=True))
         if self._tokenizer is not None:
             return self._text_rows(indices, values)
+        if self._documents:
+            return read_each(indices, lambda index: self._document(values[index]), self._metadata, self._options)
         return read_each(
             indices, lambda index: (self._one(values[index]), self._labels[index]), self._metadata, self._options
         )
@@ -96,11 +95,31 @@ class TableSource:
         digest = hashlib.blake2b(digest_size=32)
         digest.update(repr((self._kind, self._shape, self._options.image_resize, len(self))).encode())
         digest.update(self._tokenizer.digest if self._tokenizer else b"")
-        digest.update(np.ascontiguousarray(self._labels).view(np.uint8).data)
+        if not self._documents:
+            digest.update(np.ascontiguousarray(self._labels).view(np.uint8).data)
         chosen = np.unique(np.linspace(0, len(self) - 1, SAMPLED_ROWS).astype(np.int64))
         for value in self._features.values(chosen):
             digest.update(hashlib.blake2b(_stored_bytes(value)).digest())
         return digest.digest()
+
+    def _next_tokens(self, features: SourceMetadata) -> SourceMetadata:
+        if self._vocabulary is None:
+            raise InputError(
+                f"{self._name} holds tokens and no column of labels, so each row is a document whose next tokens are "
+                "predicted: set data.vocabulary_size, or name the labels with data.labels_key"
+            )
+        return replace(features, num_classes=self._vocabulary, label_shape=self._shape)
+
+    def _read_labels(self, features: SourceMetadata, tables: Tables) -> SourceMetadata:
+        options, name = self._options, self._name
+        label = find_column(options.labels_key, "labels", LABEL_NAMES, tables.names, name)
+        self._labels = tables.numbers(label)
+        class_names = _class_names(tables.schema, label)
+        num_classes = _num_classes(options, class_names, name)
+        if self._labels.dtype.kind == "f":
+            return replace(features, label_kind="value")
+        check_class_labels(self._labels, num_classes, name)
+        return replace(features, label_kind="class", num_classes=num_classes, class_names=class_names)
 
     def _read_features(self, arrow_type: Any) -> None:
         """How a value of the features' column becomes an array, from its type."""
@@ -139,12 +158,26 @@ class TableSource:
         if self._decode is not None:
             return self._decode(_image_bytes(value))
         if self._kind == "tokens":
-            return self._tokens(np.asarray(value, np.int64))
+            return self._tokens(value, self._shape[0])
         if len(value) != self._shape[0] or any(x is None for x in value):
             raise CorruptExample(f"column {self._key} has a null or {len(value)} numbers there")
         return np.asarray(value, np.float32)
 
-    def _tokens(self, ids: np.ndarray) -> np.ndarray:
+    def _document(self, value: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The first T tokens, and the one that follows each; -1 where the document has ended."""
+        if value is None:
+            raise CorruptExample(f"column {self._key} is null there")
+        length = self._shape[0]
+        window = self._tokens(value, length + 1)
+        following = window[1:].copy()
+        following[max(0, len(value) - 1) :] = -1
+        return window[:-1], following
+
+    def _tokens(self, value: Any, length: int) -> np.ndarray:
+        """int32[length]: cut, or filled up with 0."""
+        if any(token is None for token in value):
+            raise CorruptExample(f"column {self._key} has a null in its list there")
+        ids = np.asarray(value, np.int64)
         top = self._vocabulary or np.iinfo(np.int32).max
         if len(ids) and (ids.min() < 0 or ids.max() >= top):
             raise InputError(
@@ -152,7 +185,7 @@ class TableSource:
                 f"in 0 to {top - 1}: the "
                 "data were made with another vocabulary, or data.vocabulary_size is wrong"
             )
-        row = np.zeros(self._shape[0], np.int32)
+        row = np.zeros(length, np.int32)
         row[: len(ids)] = ids[: len(row)]
         return row
 

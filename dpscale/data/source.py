@@ -23,7 +23,8 @@ class SourceMetadata:
 
     `feature_shape` and `feature_dtype` are one example's, as `rows` returns it. `label_kind` is "class"
     (int32 scalar in [0, num_classes)), "value" (float32 of `label_shape`) or "tokens" (int32 of `label_shape`
-    [T]: the token that follows each of the T tokens of the features). `num_classes` is None where
+    [T]: the token that follows each of the T tokens of the features, negative where none does). `num_classes` is
+    None where
     nobody said it: it is never counted from the labels, which are private; for "tokens" it is the
     vocabulary's size. `full_scale` is the largest value
     that the format can hold (255 for 8-bit pixels, 1 for floating point); dividing by it gives [0, 1].
