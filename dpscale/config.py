@@ -385,7 +385,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise InputError(f"config {path} cannot be read ({error}): give a readable UTF-8 TOML file") from error
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of its own
         raise InputError(f"config {path} is not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)
@@ -465,7 +465,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         return
     try:
         section[keys[1]] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         section[keys[1]] = text
 
 

@@ -133,7 +133,7 @@ class RunDirectory:
         """
         try:
             values = json.loads(self.read_text(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunDirectoryError(f"{path} is not JSON ({error}): restore it from where it was whole") from error
         if not isinstance(values, dict):
             raise RunDirectoryError(f"{path} holds no JSON object: restore it from where it was whole")

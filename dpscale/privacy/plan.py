@@ -284,7 +284,7 @@ class PrivacyPlan:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RunDirectoryError(f"the plan is not valid JSON ({error}): {_RESTORE}") from None
         if not isinstance(values, dict) or values.pop("schema_version", None) != SCHEMA_VERSION:
             raise RunDirectoryError(
@@ -298,7 +298,10 @@ class PrivacyPlan:
         for name, value in values.items():
             if not _has_type(name, value):
                 raise RunDirectoryError(f"the plan has {name}={value!r}, of the wrong type: {_RESTORE}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except OverflowError as error:
+            raise RunDirectoryError(f"the plan has a number that is too large ({error}): {_RESTORE}") from error
 
     def digest(self) -> str:
         """SHA-256 of the plan's canonical JSON, 64 hexadecimal digits; equal plans and only they share it."""
