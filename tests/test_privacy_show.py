@@ -169,6 +169,16 @@ def test_a_damaged_ledger_is_refused_in_plain_words_with_exit_code_2(run, damage
     refused(run, part)
 
 
+def test_a_line_lost_within_what_is_charged_is_seen_by_the_head_that_the_checkpoint_keeps(tmp_path):
+    made = MadeRun(tmp_path / "run")
+    made.open(0, STEPS)
+    made.save(3, STEPS)
+    made.save(6, STEPS)  # after the line that closed step 3
+    path = made.directory.ledger
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    refused(tmp_path / "run", "the file was truncated")
+
+
 @pytest.mark.parametrize(
     ("file", "part"),
     [
