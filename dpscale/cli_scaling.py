@@ -58,6 +58,8 @@ def submit(
 ) -> None:
     """Submit every point of a sweep as a SLURM job, in random order; each writes its records into the sweep.
 
+    The same command again submits the points that have no record yet.
+
     Example: dpscale scaling submit configs/quickstart.toml --gpus 1,2,4,8,16 --repeats 3 --profile mysite
     """
     from dpscale.config import load_config
@@ -83,7 +85,9 @@ def submit(
     asked = Submission(1, time_limit, gpus_per_node, 1, cpus_per_task, profile, via, *arguments)
     where = _absolute(out or Path("runs") / f"{parsed.run.name}-scaling")
     jobs = submit_sweep(parsed, where, wanted, asked, dry_run=dry_run)
-    if dry_run:
+    if not jobs:
+        typer.echo("every point has its records: nothing to submit")
+    if dry_run and jobs:
         typer.echo(jobs[0].script)
     for job in jobs:
         number = "not submitted" if job.job is None else f"job {job.job}"
@@ -175,7 +179,7 @@ def predict(
     examples_per_second: Annotated[float | None, typer.Option(help="ASSUMED: non-private, one device")] = None,
     private_ratio: Annotated[float, typer.Option(help="ASSUMED: private over non-private time of a row")] = 1.10,
     parameters: Annotated[int | None, typer.Option(min=1, help="with --examples-per-second: of the model")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="with --examples-per-second: in the data set")] = 1_281_167,
+    examples: Annotated[int | None, typer.Option(min=1, help="in the data set; default: measured, or 1281167")] = None,
     assumption: Annotated[str, typer.Option(help="where the assumed speed comes from")] = "no source given",
     update_sharding: Annotated[
         Literal["replicated", "sharded"] | None, typer.Option(help="noise and update on 1/devices; default: measured")

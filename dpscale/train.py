@@ -59,6 +59,7 @@ class TrainResult:
     its owner's STOP file. `params`: NumPy leaves; the average with training.evaluate_ema. `epsilon`: spent at `delta`,
     from the ledger; None without privacy. `epsilon_planned`: at the planned end, which is what holds when the stop was
     chosen by looking at outputs. `validation`: held-out means ("loss", "accuracy"), {} without held-out data.
+    `plot`, `report`: files in the run directory, None where they could not be made.
     """
 
     state: Literal["finished", "stopped"]

@@ -147,6 +147,25 @@ def test_another_sweep_is_not_mixed_into_a_directory(login):
         submit_sweep(config_from_dict(CONFIG), login / "sweep", wanted(devices=(2,)), asked(), dry_run=False)
 
 
+def test_a_second_submission_makes_up_for_the_missing_points_only(login):
+    sweep, ask = login / "sweep", wanted(devices=(1, 4), modes=("strong",), repeats=1)
+    first = submit_sweep(config_from_dict(CONFIG), sweep, ask, asked(), dry_run=False)
+    (sweep / "records").mkdir()
+    (sweep / "records" / first[0].setting.record_name("private")).write_text("{}")
+    again = submit_sweep(config_from_dict(CONFIG), sweep, ask, asked(), dry_run=False)
+    assert [job.setting for job in again] == [first[1].setting]
+
+
+def test_no_gpus_can_be_asked_of_a_profile_that_has_some(login):
+    profile = login / "site.toml"
+    profile.write_text("gpus_per_node = 4\ntasks_per_node = 2\n")
+    ask = wanted(devices=(2,), modes=("strong",), repeats=1)
+    for gpus, expected in ((0, False), (None, True)):
+        submission = Submission(1, "0:30:00", gpus, 1, None, str(profile), "sbatch")
+        (job,) = submit_sweep(config_from_dict(CONFIG), login / "sweep", ask, submission, dry_run=True)
+        assert ("--gpus-per-node=2" in job.script) == expected
+
+
 def test_the_script_by_hand_is_the_one_that_is_shipped():
     shipped = (ROOT / "slurm" / "scaling.sbatch").read_text()
     assert shipped == by_hand()

@@ -15,6 +15,7 @@ from dpscale.scaling.sweep import collect
 from dpscale.scaling.workload import Assumed, Workload, assumed_workloads, measured_workloads
 
 DEFAULT_PHYSICAL = 64
+IMAGENET_EXAMPLES = 1_281_167
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Asked:
     examples_per_s: float | None = None
     private_ratio: float = 1.10
     num_parameters: int | None = None
-    num_examples: int = 1_281_167
+    num_examples: int | None = None
     assumption: str = "no source given"
     update_sharding: Literal["replicated", "sharded"] | None = None
 
@@ -55,6 +56,7 @@ def forecast(source: Path | None, asked: Asked) -> tuple[Prediction, Curves | No
     collected = collect(source)
     workloads = measured_workloads(collected.records)
     changes: dict[str, Any] = {"batch": asked.batch, "physical_batch_size": asked.physical_batch_size}
+    changes["num_examples"] = asked.num_examples
     changes["sharded"] = None if asked.update_sharding is None else asked.update_sharding == "sharded"
     changes = {name: value for name, value in changes.items() if value is not None}
     adapted: dict[Variant, Workload] = {variant: replace(one, **changes) for variant, one in workloads.items()}
@@ -71,12 +73,13 @@ def _assumed(asked: Asked) -> Assumed:
             f"--examples-per-second {asked.examples_per_s:g}, --private-ratio {asked.private_ratio:g}: give numbers "
             "above 0"
         )
-    _check(asked.batch, asked.num_examples)
+    examples = asked.num_examples or IMAGENET_EXAMPLES
+    _check(asked.batch, examples)
     return Assumed(
         examples_per_s=asked.examples_per_s,
         num_parameters=asked.num_parameters,
         batch=asked.batch,
-        num_examples=asked.num_examples,
+        num_examples=examples,
         physical_batch_size=asked.physical_batch_size or DEFAULT_PHYSICAL,
         private_ratio=asked.private_ratio,
         source=asked.assumption,

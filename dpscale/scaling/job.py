@@ -69,8 +69,10 @@ def submit_sweep(
 ) -> list[SubmittedJob]:
     """Submit one job for each setting, in random order; with `dry_run` change nothing and give the scripts.
 
+    Settings that have all their records already are left out, so that a second call makes up for what failed.
+
     Args:
-        directory: the sweep's, absolute; a sweep that is there already is added to when it asks for the same points.
+        directory: the sweep's, absolute.
         submission: time limit, profile, and how to submit; its numbers of nodes and tasks are ignored.
 
     Raises: InputError for private data, a batch beyond the data set, devices that are not whole nodes, or another
@@ -81,12 +83,13 @@ def submit_sweep(
     order = shuffled(settings(wanted.devices, wanted.modes, batch, wanted.repeats), wanted.order_seed)
     _check_batches(order, num_examples)
     profile = load_profile(submission.profile)
-    jobs = [_job(config, directory, setting, wanted, submission, profile) for setting in order]
+    to_do = [setting for setting in order if not _is_done(directory, setting, wanted.variants)]
+    jobs = [_job(config, directory, setting, wanted, submission, profile) for setting in to_do]
     sweep = Sweep(config.run.name, wanted.variants, tuple(order))
     if not dry_run:
         _prepare(directory, sweep, config, profile)
     done = []
-    for setting, job in zip(order, jobs, strict=True):
+    for setting, job in zip(to_do, jobs, strict=True):
         folder = Path(job.run_dir) / "attempts" / next_submission(Path(job.run_dir))
         task = SubmittedMeasurement(_arguments(directory, setting, wanted))
         number, script = submit_job(job, folder, submission, task, dry_run=dry_run)
@@ -111,9 +114,9 @@ def layout(devices: int, per_node: int, gpus: bool) -> tuple[int, int, int]:
 def _job(
     config: RunConfig, directory: Path, setting: Setting, wanted: Wanted, submission: Submission, profile: Profile
 ) -> Job:
-    per_node = wanted.per_node or submission.gpus_per_node or profile.gpus_per_node or profile.tasks_per_node or 1
-    gpus = bool(submission.gpus_per_node or profile.gpus_per_node)
-    nodes, tasks, gpus_on_each = layout(setting.devices, per_node, gpus)
+    gpus = profile.gpus_per_node if submission.gpus_per_node is None else submission.gpus_per_node
+    per_node = wanted.per_node or gpus or profile.tasks_per_node or 1
+    nodes, tasks, gpus_on_each = layout(setting.devices, per_node, gpus > 0)
     time_s = submission.resources(profile).time_s
     cpus = submission.cpus_per_task or profile.cpus_per_task
     # SLURM starts a job of the same name and owner only when the ones before it have ended.
@@ -130,6 +133,10 @@ def _job(
         srun_args=submission.srun_args,
         task_words=("-m", "launch.runtime", *_arguments(directory, setting, wanted).command()),
     )
+
+
+def _is_done(directory: Path, setting: Setting, variants: Sequence[Variant]) -> bool:
+    return all((directory / "records" / setting.record_name(variant)).exists() for variant in variants)
 
 
 def _arguments(directory: Path, setting: Setting, wanted: Wanted) -> TaskArguments:

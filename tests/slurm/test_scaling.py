@@ -27,10 +27,21 @@ physical_batch_size = 32
 def test_a_sweep_of_one_and_two_processes_goes_from_submit_to_the_page(cluster, tmp_path):
     config, sweep = tmp_path / "sweep.toml", tmp_path / "sweep"
     config.write_text(CONFIG)
-    words = ("--gpus", "1,2", "--per-node", "2", "--repeats", "1", "--windows", "2", "--steps", "2", "--one-at-a-time")
-    printed = cluster.dpscale(
-        "scaling", "submit", str(config), *words, "--cores-per-process", "1", "--out", str(sweep), "--via", "sbatch"
-    )
+    words = [
+        "scaling",
+        "submit",
+        str(config),
+        "--gpus",
+        "1,2",
+        "--per-node",
+        "2",
+        "--repeats",
+        "1",
+        "--out",
+        str(sweep),
+    ]
+    words += ["--windows", "2", "--steps", "2", "--cores-per-process", "1", "--one-at-a-time"]
+    printed = cluster.dpscale(*words, "--via", "sbatch")
     jobs = [line.split()[-1] for line in printed.splitlines() if " job " in line]
     assert len(jobs) == 3  # one process; two strong; two weak
     assert "dpscale scaling curves" in printed
@@ -59,3 +70,7 @@ def test_a_sweep_of_one_and_two_processes_goes_from_submit_to_the_page(cluster, 
     assert page.count("<svg ") == 5
     rows = json.loads((sweep / "curves" / "curves.json").read_text())["rows"]
     assert len(rows) == 7
+
+    (job,) = [line.split()[-1] for line in cluster.dpscale(*words).splitlines() if " job " in line]  # by submitit
+    cluster.wait_for_end(job, sweep / "jobs")
+    assert collect(sweep).missing == (), cluster.everything(sweep / "jobs" / "n2-b128-r1")
