@@ -43,6 +43,7 @@ bench: $(STAMP)  ## the measurements that README and docs quote (on an otherwise
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/clipping.py
 	$(BIN)/python benchmarks/loading.py
+	benchmarks/scaling.sh
 
 bench-peers:  ## Opacus: its accountants' figures, and the same architectures, in an environment of its own
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

@@ -27,20 +27,8 @@ physical_batch_size = 32
 def test_a_sweep_of_one_and_two_processes_goes_from_submit_to_the_page(cluster, tmp_path):
     config, sweep = tmp_path / "sweep.toml", tmp_path / "sweep"
     config.write_text(CONFIG)
-    words = [
-        "scaling",
-        "submit",
-        str(config),
-        "--gpus",
-        "1,2",
-        "--per-node",
-        "2",
-        "--repeats",
-        "1",
-        "--out",
-        str(sweep),
-    ]
-    words += ["--windows", "2", "--steps", "2", "--cores-per-process", "1", "--one-at-a-time"]
+    points = "--gpus 1,2 --per-node 2 --repeats 1 --windows 2 --steps 2 --cores-per-process 1 --one-at-a-time"
+    words = ["scaling", "submit", str(config), "--out", str(sweep), *points.split()]
     printed = cluster.dpscale(*words, "--via", "sbatch")
     jobs = [line.split()[-1] for line in printed.splitlines() if " job " in line]
     assert len(jobs) == 3  # one process; two strong; two weak
