@@ -16,6 +16,7 @@ from dpscale.metrics.plot import draw_run, latest
 from dpscale.metrics.records import Record, read_records
 from dpscale.metrics.status import read_status
 from dpscale.page import Page, inline_svg
+from dpscale.privacy.card import ACCOUNTANTS, RELATIONS, shown_epsilon
 from dpscale.scaling.curves import Curves, curves, law_text, overhead_text
 from dpscale.scaling.environment import machine
 from dpscale.scaling.fits import Interval
@@ -30,11 +31,6 @@ NO_PLOTS = (
     "The plots need matplotlib, which was not installed when this page was written: pip install 'dpscale[plots]'."
 )
 MOST_ROWS = 12
-RELATIONS = {
-    "zero_out": "one record's contribution is replaced by zero; the number of records is public",
-    "add_or_remove": "one record is added or removed",
-    "replace_one": "one record is replaced by another",
-}
 
 
 def write_report(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -88,7 +84,7 @@ def run_page(run: Path) -> Page:
     )
     page.section("What ran")
     if config is not None:
-        page.pairs(_what_ran(config, plan))
+        page.pairs(_what_ran(config))
     page.section("Environment")
     page.pairs(_environment(run))
     return page
@@ -175,7 +171,7 @@ def _run_facts(plan: dict[str, Any], status: dict[str, Any], records: Sequence[R
         facts["held-out accuracy"] = f"{100 * float(accuracy[-1] or 0):.1f} %"
     if plan.get("enabled", True):
         epsilon = status.get("epsilon")
-        facts["epsilon spent"] = "-" if epsilon is None else f"{epsilon:.3f}"
+        facts["epsilon spent"] = "-" if epsilon is None else shown_epsilon(epsilon)
         facts["delta"] = f"{plan.get('delta') or 0:g}"
     else:
         facts["privacy"] = "none"
@@ -209,36 +205,45 @@ def _privacy(page: Page, plan: dict[str, Any], status: dict[str, Any]) -> None:
         page.note("This run had no privacy: nothing was clipped and no noise was added.")
         return
     spent, delta, unit = status.get("epsilon"), plan.get("delta") or 0.0, plan.get("unit", "example")
-    if spent is not None:
+    if spent is not None and status.get("state") == "finished":
         page.text(
-            f"After {status.get('step')} steps the training is ({spent:.3f}, {delta:g})-differentially private for one "
-            f"{unit}, from the ledger of every step that was charged."
+            f"The training is ({shown_epsilon(spent)}, {delta:g})-differentially private for one {unit}, by the ledger "
+            "of every step that was charged."
         )
-    if status.get("state") != "finished":
+    elif spent is not None:
         page.text(
-            "The run has not finished: if it ends here because of what its results look like, the planned end counts."
+            f"The run has not finished. If it ends at step {status.get('step')} as was decided in advance, it is "
+            f"({shown_epsilon(spent)}, {delta:g})-differentially private for one {unit}; if it ends there because of "
+            "what its results look like, the epsilon of its planned end counts."
         )
+    relation, accountant = plan.get("neighboring_relation", ""), plan.get("accountant", "")
     page.pairs(
         {
             "one record is": unit,
-            "neighbouring data sets": RELATIONS.get(plan.get("neighboring_relation", ""), "-"),
-            "sampling": f"Poisson, rate {plan.get('sampling_rate', 0):.6g}, of {plan.get('num_examples')} examples",
-            "expected batch": f"{plan.get('expected_batch_size', 0):g}",
+            "neighbouring data sets": RELATIONS.get(relation, "-"),
+            "sampling": f"Poisson, rate {plan.get('sampling_rate', 0):.6g}",
+            **_sizes(plan),
             "noise multiplier": f"{plan.get('noise_multiplier', 0):.4f}",
             "clip norm": f"{plan.get('clip_norm') or 0:g} ({plan.get('bound')})",
-            "accountant": plan.get("accountant"),
+            "accountant": ACCOUNTANTS.get(accountant, accountant),
             "allowed epsilon": "not set" if plan.get("epsilon_target") is None else f"{plan['epsilon_target']:g}",
         }
     )
     page.text("What the statement covers, and what not, is in docs/privacy.md.")
 
 
-def _what_ran(config: Any, plan: dict[str, Any]) -> dict[str, object]:
+def _sizes(plan: dict[str, Any]) -> dict[str, object]:
+    """What gives the number of records away, where that is public: not when records may be added or removed."""
+    if plan.get("neighboring_relation") == "add_or_remove":
+        return {}
+    return {"records": plan.get("num_examples", "-"), "expected batch": f"{plan.get('expected_batch_size', 0):g}"}
+
+
+def _what_ran(config: Any) -> dict[str, object]:
     options = ", ".join(f"{name} {value}" for name, value in config.model.options.items())
     held_out = f"{config.data.validation} ({config.data.validation_is})" if config.data.validation else "none"
     return {
         "training data": config.data.train or "given from Python",
-        "examples": plan.get("num_examples", "-"),
         "held-out data": held_out,
         "model": config.model.name + (f" ({options})" if options else ""),
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",

@@ -145,7 +145,7 @@ def test_a_run_shows_its_figures_and_its_privacy_statement(pages):
         "150 of 150",
         "4.1234",
         "one image",
-        "replaced by zero",
+        "contributes nothing",
         "a run &lt;b&gt;",
     ):
         assert shown in text, shown
@@ -156,6 +156,26 @@ def test_a_run_shows_nothing_that_is_sensitive_or_not_durable_yet(pages):
     for hidden in ("7.654", "987654", "9.876", "train loss", "batch_size"):
         assert hidden not in text, hidden
     assert "Not shown: the time of a step follows" in text
+
+
+def test_where_records_may_be_added_or_removed_their_number_is_not_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "plan.json").write_text(json.dumps(PLAN | {"neighboring_relation": "add_or_remove", "num_examples": 4567}))
+    text = write_report(run).read_text()
+    assert "one record added or removed" in text
+    assert "4567" not in text
+    assert "1024" not in text
+    (run / "plan.json").write_text(json.dumps(PLAN | {"num_examples": 4567}))
+    assert "4567" in write_report(run).read_text()
+
+
+def test_epsilon_is_never_shown_below_its_value_and_an_unfinished_run_says_what_counts(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_status(run, state="stopped", step=70, steps=150, epsilon=2.0001, delta=1e-5, attempt=0, checkpoint_step=70)
+    text = write_report(run).read_text()
+    assert "2.001" in text
+    assert "2.000<" not in text
+    assert "the epsilon of its planned end counts" in text
 
 
 def test_a_run_without_privacy_or_with_a_fixed_seed_says_so_first(tmp_path):
