@@ -325,7 +325,7 @@ def check_a_death(undisturbed: Undisturbed, run_dir: Path, point: str, nth: int,
 
 
 @pytest.mark.parametrize("point", FAULT_POINTS)
-def test_dying_at_a_fault_point_loses_nothing_and_charges_no_less_than_was_drawn(undisturbed, point, tmp_path):
+def test_dying_before_a_write_loses_nothing_and_charges_no_less_than_was_drawn(undisturbed, point, tmp_path):
     check_a_death(undisturbed, tmp_path / "run", point, min(1, undisturbed.seen[point] - 1), "before")
 
 
@@ -336,10 +336,10 @@ def test_a_ledger_line_that_was_half_written_is_as_good_as_none(undisturbed, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", FAULT_POINTS)
-def test_so_does_dying_before_and_after_each_time_that_a_fault_point_comes(undisturbed, point, tmp_path):
+def test_nor_does_dying_after_any_write_however_often_its_fault_point_has_come(undisturbed, point, tmp_path):
+    # After one is before the next: this is every state of the files, where the test above takes one of each kind.
     for nth in range(undisturbed.seen[point]):
-        for moment in ("before", "after"):
-            check_a_death(undisturbed, tmp_path / f"{nth}-{moment}", point, nth, moment)
+        check_a_death(undisturbed, tmp_path / str(nth), point, nth, "after")
 
 
 def killed_process(run_dir: str, drawn: str, point: str, nth: str) -> None:
