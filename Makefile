@@ -41,6 +41,7 @@ bench: $(STAMP)  ## the measurements that README and docs quote (on an otherwise
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/update_sharding.py
 	$(BIN)/python benchmarks/clipping.py
 	$(BIN)/python benchmarks/loading.py
 	benchmarks/scaling.sh
