@@ -1,8 +1,9 @@
-"""The verb that checks the promise from outside: audit."""
+"""The verbs that check the promise: verify and audit."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,30 @@ POWER_RUNS = 10
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-    app.command()(audit)
+    """Add the verbs to the command line."""
+    for verb in (verify, audit):
+        app.command()(verb)
+
+
+def verify(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="the TOML file of the run")],
+    overrides: Overrides = None,
+    local_processes: Processes = 1,
+    debug: Debug = False,
+) -> int:
+    """Check clipping, noise and agreement of a config's own step on these processes and devices, with made-up rows.
+
+    Reads no training example and charges nothing; ends with code 1 where a law does not hold. Under srun it uses the
+    job's processes.
+
+    Example: dpscale verify configs/quickstart.toml --local-processes 2
+    """
+    from dpscale.config import load_config
+    from launch.runtime import TaskArguments
+
+    load_config(config, overrides or [])  # every error is found before a process starts
+    with tempfile.TemporaryDirectory(prefix="dpscale-verify-") as logs:
+        return _run(TaskArguments(config, tuple(overrides or ()), logs, verb="verify"), local_processes)
 
 
 def audit(

@@ -238,6 +238,9 @@ class PrivacySection(Section):
     hyperparameter_search: Literal["none", "public", "private"] | None = Field(
         None, description="for the card: on which data these settings were chosen; epsilon covers no private search"
     )
+    verify: bool = Field(
+        True, description="check clip, noise and agreement on made-up rows before the first step, partly on restart"
+    )
     insecure_seed: int | None = Field(
         None, description="tests and benchmarks only: a fixed secret, hence NO privacy guarantee"
     )

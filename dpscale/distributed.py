@@ -166,6 +166,18 @@ def decided_by_process_zero(decide: Callable[[], dict[str, Any]]) -> dict[str, A
     return received["value"]
 
 
+def gathered(value: Any) -> list[Any]:
+    """The JSON-like value of every process, in the order of their numbers, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data)))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(jax.process_count(), -1)
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
 def check_agreement(what: str, value: bytes, remedy: str) -> None:
     """Compare a value, by its SHA-256, over all processes.
 

@@ -23,3 +23,7 @@ class PrivacyError(DpscaleError):
 
 class DivergedError(PrivacyError):
     """Processes that must agree bit for bit (draws, keys, parameters) do not."""
+
+
+class VerificationError(PrivacyError):
+    """A law of the step does not hold on these processes and devices; no step was charged."""

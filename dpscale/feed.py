@@ -62,7 +62,7 @@ class Feed:
         logical = next(self._steps)
         assert logical.step == step, f"asked for step {step}, the loader is at {logical.step}"
         for batch in logical:
-            yield _place(self._mesh, batch)
+            yield place_batch(self._mesh, batch)
 
     def draw_digest(self, step: int) -> bytes:
         """16 bytes that tell one draw of a step from another; sensitive."""
@@ -78,8 +78,9 @@ def blank_rows(mesh: Mesh, source: ExampleSource, layout: BatchLayout, data: Dat
     count = len(local_positions(mesh)) * layout.physical_batch_size
     resident = data.residence == "device"
     arrays = {"index": np.zeros(count, np.int32)} if resident else empty_rows(source.metadata, count)
-    return _place(mesh, PhysicalBatch(np.zeros(count, np.int64), np.zeros(count, bool), arrays))
+    return place_batch(mesh, PhysicalBatch(np.zeros(count, np.int64), np.zeros(count, bool), arrays))
 
 
-def _place(mesh: Mesh, batch: PhysicalBatch) -> Rows:
+def place_batch(mesh: Mesh, batch: PhysicalBatch) -> Rows:
+    """A physical batch on the devices; each process gives the rows of its own, in mesh order."""
     return Rows(*place_rows(mesh, (batch.arrays, id_words(batch.ids), batch.mask)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from dpscale.baseline import summed_grad
 from dpscale.clipping import Bound, ClippedSum, Flat, Normalized, PerPattern, clipped_grad
 from dpscale.config import RunConfig
-from dpscale.data.resident import Resident
 from dpscale.optimizer import make_optimizer
 from dpscale.placement import Placement
 from dpscale.privacy.plan import PrivacyPlan
@@ -52,27 +51,32 @@ def make_placement(config: RunConfig, plan: PrivacyPlan, mesh: Mesh) -> Placemen
     return Placement(mesh, optimizer, sharded=sharded, average=average)
 
 
+def build_finalize_for(config: RunConfig, plan: PrivacyPlan, placement: Placement):
+    """The jitted `finalize` of a run whose state lies as `placement` says."""
+    return build_finalize(
+        placement.mesh,
+        plan,
+        placement.optimizer,
+        sharded=placement.sharded,
+        reduce_every_accumulation=config.performance.reduce_every_accumulation,
+        ema_decay=config.training.ema_decay if placement.average else None,
+    )
+
+
 def compiled_steps(
     config: RunConfig,
     plan: PrivacyPlan,
     task: Task,
     placement: Placement,
     state: TrainState,
-    table: Resident,
+    table: Mapping[str, Any],
     rows: Rows,
 ) -> StepFunctions:
-    """Both step functions of a task, compiled for the shapes of `state`, `table` and `rows`."""
+    """Both step functions of a task, compiled for `state`, `table` and `rows`, whose shapes are enough."""
     clip_norm = math.inf if plan.clip_norm is None else plan.clip_norm
     every, mesh = config.performance.reduce_every_accumulation, placement.mesh
     accumulate = build_accumulate(
         mesh, gradient_sum(config, plan, task), clip_norm, task.uses_key, reduce_every_accumulation=every
     )
-    finalize = build_finalize(
-        mesh,
-        plan,
-        placement.optimizer,
-        sharded=placement.sharded,
-        reduce_every_accumulation=every,
-        ema_decay=config.training.ema_decay,
-    )
+    finalize = build_finalize_for(config, plan, placement)
     return compile_steps(accumulate, finalize, mesh, state, table, rows)

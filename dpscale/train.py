@@ -14,11 +14,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dpscale.batching import run_layout
+from dpscale.batching import BatchLayout, run_layout
 from dpscale.checkpoint import Checkpoints
 from dpscale.config import RunConfig, load_config
 from dpscale.data.open import as_source, check_alike, open_source
 from dpscale.data.options import SourceOptions
+from dpscale.data.resident import resident_shapes
 from dpscale.data.source import ExampleSource
 from dpscale.data.users import by_user, split_users
 from dpscale.distributed import Membership, check_agreement, decided_by_process_zero, initialize, is_main
@@ -28,11 +29,12 @@ from dpscale.feed import Feed, blank_rows
 from dpscale.gradients import check_groups, compiled_steps, make_placement
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
-from dpscale.mesh import data_mesh
+from dpscale.mesh import data_mesh, replicated
 from dpscale.metrics.files import explained
 from dpscale.metrics.recorder import Recorder
 from dpscale.optimizer import learning_rate_schedule
 from dpscale.physical_batch import agreed_physical_batch_size
+from dpscale.placement import Placement
 from dpscale.privacy.ledger import Ledger
 from dpscale.program import program_facts
 from dpscale.replicas import ReplicaCheck
@@ -44,6 +46,7 @@ from dpscale.session import Briefing, ledger_facts, open_session
 from dpscale.step import requests_array
 from dpscale.stopping import StopRequests
 from dpscale.task import Task, build_task, example_shapes, model_facts
+from dpscale.verify import AFTER_RESTART, AT_START, MadeUp, verify_steps
 from dpscale.watchdog import Watchdog
 
 # Steps charged ahead where checkpoint.every_steps does not say: what a SIGKILL can leave charged until the resume.
@@ -218,6 +221,21 @@ class _Run:
         )
         rows_per_device = self._physical_batch_size()
         layout = run_layout(self.config, self.plan, rows_per_device, self.mesh.size)
+        placement = make_placement(self.config, self.plan, self.mesh)
+        self.schedule = learning_rate_schedule(self.config.optimizer, self.plan.steps)
+        resident = self.config.data.residence == "device"
+        table = resident_shapes(self.source, replicated(self.mesh)) if resident else {}
+        rows = blank_rows(self.mesh, self.source, layout, self.config.data)
+        state = placement.abstract(self.task.params)
+        self.functions = compiled_steps(self.config, self.plan, self.task, placement, state, table, rows)
+        if self.config.privacy.verify and self.plan.enabled and self.briefing.start_step < self.briefing.last_step:
+            self._verify(layout, placement)
+        if self.briefing.restore:
+            self.state = restore(self.checkpoints, self.briefing.start_step, placement, self.task.params)
+            self.saved_step = self.briefing.start_step
+            self.report(f"resumed from the checkpoint of step {self.briefing.start_step}")
+        else:
+            self.state = placement.create(self.task.params)
         self.feed = Feed(
             self.mesh,
             self.source,
@@ -229,21 +247,20 @@ class _Run:
             data=self.config.data,
         )
         self.stack.callback(self.feed.close)
-        placement = make_placement(self.config, self.plan, self.mesh)
-        self.schedule = learning_rate_schedule(self.config.optimizer, self.plan.steps)
-        if self.briefing.restore:
-            self.state = restore(self.checkpoints, self.briefing.start_step, placement, self.task.params)
-            self.saved_step = self.briefing.start_step
-            self.report(f"resumed from the checkpoint of step {self.briefing.start_step}")
-        else:
-            self.state = placement.create(self.task.params)
-        rows = blank_rows(self.mesh, self.source, layout, self.config.data)
-        self.functions = compiled_steps(self.config, self.plan, self.task, placement, self.state, self.feed.table, rows)
         self.check_replicas = ReplicaCheck(self.mesh)
         if self.held_out is not None:
             threads = self.config.data.num_threads
             self.evaluator = Evaluator(self.mesh, self.task.metrics, self.held_out, rows_per_device, threads)
         self.metrics.recover(self.briefing.start_step if self.briefing.restore else None, self.briefing.attempt)
+
+    def _verify(self, layout: BatchLayout, placement: Placement) -> None:
+        """Before anything is charged, and before the devices hold the state and the data: there is room."""
+        resident = self.config.data.residence == "device"
+        made_up = MadeUp(self.mesh, layout, self.source.metadata, len(self.source), resident)
+        keys = StepKeys(self.briefing.secret, self.briefing.attempt)
+        extent = AFTER_RESTART if self.briefing.restore else AT_START
+        verdict = verify_steps(self.config, self.plan, self.task, placement, self.functions, made_up, extent, keys)
+        self.report(verdict.line())
 
     def _physical_batch_size(self) -> int:
         rows = agreed_physical_batch_size(self.config, self.plan, self.task, self.source, self.mesh.size)

@@ -1,4 +1,4 @@
-"""What runs inside each task, however it was launched: environment -> train, audit or measure -> exit code."""
+"""What runs inside each task, however it was launched: environment -> train, verify, audit, .. -> exit code."""
 
 from __future__ import annotations
 
@@ -106,6 +106,18 @@ def _train(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) ->
     return EXIT_WANTS_REQUEUE if result.wants_requeue else EXIT_DONE
 
 
+def _verify(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) -> int:
+    from dpscale.config import load_config
+    from dpscale.distributed import is_main
+    from dpscale.verify_config import verify
+
+    verdict = verify(load_config(arguments.config, arguments.overrides), watchdog=watchdog)
+    if is_main():
+        for line in verdict.lines():
+            print(line, flush=True)
+    return EXIT_DONE
+
+
 def _audit(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) -> int:
     from pathlib import Path
 
@@ -141,7 +153,7 @@ def _measure(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) 
     return EXIT_DONE
 
 
-VERBS = {"train": _train, "audit": _audit, "measure": _measure}
+VERBS = {"train": _train, "verify": _verify, "audit": _audit, "measure": _measure}
 
 
 def _leave_together() -> None:

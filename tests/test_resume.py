@@ -51,6 +51,7 @@ def config(**sections: dict[str, Any]) -> RunConfig:
             "delta": 1e-3,
             "expected_batch_size": 40,
             "insecure_seed": SEED,
+            "verify": False,  # test_verify.py
             "accountant": "rdp",
         },
         "performance": {"physical_batch_size": 4},

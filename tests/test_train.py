@@ -36,6 +36,7 @@ def config(**sections: dict[str, Any]) -> RunConfig:
             "delta": 1e-3,
             "expected_batch_size": 40,
             "insecure_seed": 7,
+            "verify": False,  # test_verify.py
         },
         "performance": {"physical_batch_size": 4},
         "checkpoint": {"every_steps": 2},

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpscale.data.source import FEATURES, LABEL, Batch, ExampleSource, SourceMetadata
+from dpscale.data.source import LABEL, VALID, Batch, ExampleSource, SourceMetadata
 from dpscale.errors import InputError
 from dpscale.privacy.secret import RootSecret
 from dpscale.task import Task
@@ -68,11 +68,16 @@ class CanarySource:
     def rows(self, indices: np.ndarray) -> Batch:
         """The examples at `indices`, int64[n]."""
         read = self._source.rows(indices)
-        label = np.zeros((len(indices), *self._metadata.label_shape), self._metadata.label_dtype)
-        label[:, :-1] = read[LABEL].reshape(len(indices), -1)
         place = np.minimum(np.searchsorted(self._places, indices), len(self._places) - 1)
-        label[:, -1] = np.where(self._places[place] == indices, self._codes[place], 0)
-        return {FEATURES: read[FEATURES], LABEL: label}
+        is_canary = self._places[place] == indices
+        records = () if self._metadata.records is None else (self._metadata.records,)
+        label = np.zeros((len(indices), *records, *self._metadata.label_shape), self._metadata.label_dtype)
+        label[..., :-1] = read[LABEL].reshape(*label.shape[:-1], -1)
+        code = np.where(is_canary, self._codes[place], 0)
+        label[..., -1] = code.reshape(-1, *(1 for _ in records))
+        if VALID in read:  # a canary does not need the record in whose place it is
+            read = read | {VALID: read[VALID] | is_canary}
+        return read | {LABEL: label}
 
     def fingerprint_parts(self) -> bytes:
         """The data's own."""
@@ -87,7 +92,8 @@ def canary_task(task: Task, metadata: SourceMetadata, canaries: int, norm: float
 
     def loss(params: Any, example: Any, *key: jax.Array) -> jax.Array:
         packed = example[LABEL]
-        label, code = packed[:-1].reshape(metadata.label_shape), packed[-1].astype(jnp.int32)
+        label = packed[..., :-1].reshape(*packed.shape[:-1], *metadata.label_shape)
+        code = packed[..., -1].reshape(-1)[0].astype(jnp.int32)  # the same in all records of a user
         own = task.loss(params[MODEL], {**example, LABEL: label}, *key)
         place = jnp.clip(jnp.abs(code) - 1, 0, canaries - 1)
         planted = norm * jnp.where(code > 0, params[CANARY][place], 0.0)

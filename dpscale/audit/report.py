@@ -11,7 +11,7 @@ SEES = {
 }
 BLIND = (
     "cannot see: noise a third too small, noise missing on other parameters, a clip that fails on real gradients, or a "
-    "wrong sampling rate by less than several times. Those are for the tests of the step and of the sampler"
+    "wrong sampling rate by less than several times. Those are for `dpscale verify` and the tests of the sampler"
 )
 
 
@@ -33,7 +33,7 @@ def result_lines(result: AuditResult) -> list[str]:
             "them the audit is blind. Lower the learning rate, or mend the data"
         )
     if result.violation:
-        lines.append("verdict        VIOLATION: epsilon is larger than claimed. Do not publish")
+        lines.append("verdict        VIOLATION: epsilon is larger than claimed. Do not publish; run `dpscale verify`")
     elif result.reach <= result.claimed:
         lines.append(
             f"verdict        none: so few canaries cannot contradict epsilon {result.claimed:.3f}. Take more, or fewer "

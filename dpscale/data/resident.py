@@ -40,6 +40,14 @@ def load_resident(
     return {name: _place(array, sharding) for name, array in arrays.items()}, readable
 
 
+def resident_shapes(source: ExampleSource, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and sharding of what `load_resident` gives; reads no example."""
+    return {
+        name: jax.ShapeDtypeStruct((len(source), *array.shape[1:]), array.dtype, sharding=sharding)
+        for name, array in empty_rows(source.metadata, 0).items()
+    }
+
+
 def gather(resident: Resident, arrays: Batch | dict[str, jax.Array]) -> dict[str, Any]:
     """{"features", "label"} of a physical batch, inside a jitted function: its own rows, or the resident rows
     at "index".
