@@ -210,6 +210,12 @@ def test_more_canaries_than_records_or_fewer_than_two_are_refused(count):
         CanarySource(Kept(metadata, 1), np.ones(count, bool))
 
 
+def test_rows_of_users_are_refused_with_the_config_that_audits_the_same_code():
+    metadata = SourceMetadata("kept", (3,), np.dtype(np.float32), "class", records=4)
+    with pytest.raises(InputError, match=r'Audit the same config with privacy\.unit = "example"'):
+        CanarySource(Kept(metadata, 1), np.ones(4, bool))
+
+
 # Whole audits, through the real path
 
 FEATURES = np.random.default_rng(6).normal(size=(1200, 4)).astype(np.float32)

@@ -50,6 +50,12 @@ class CanarySource:
                 f"{count} canaries among {len(source)} examples: each takes the place of one, so choose 2 to "
                 f"{min(len(source), MAX_CANARIES)}; 1000 is a good number"
             )
+        if source.metadata.records is not None:
+            raise InputError(
+                'privacy.unit = "user": canaries are single records, and rows of users cannot carry them. Audit the '
+                'same config with privacy.unit = "example", without max_examples_per_user and user ids: sampling, '
+                "clip, noise and steps are the same code"
+            )
         self._source = source
         self._places = np.arange(count, dtype=np.int64) * len(source) // count
         self._codes = np.where(included, 1, -1) * np.arange(1, count + 1)
