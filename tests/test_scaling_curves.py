@@ -97,6 +97,12 @@ def test_the_table_names_every_point_the_laws_and_the_caveat(sweep):
     assert text.count("\nstrong ") == text.count("\nweak ") == 8
 
 
+def test_a_busy_machine_is_named_in_the_caveat(tmp_path):
+    environment = {"cpu": "a processor", "cores": 2, "load_average": {"before": 4.25, "after": 0.0}, "packages": {}}
+    planted(tmp_path, [1], lambda setting, variant: 1.0, environment=environment)
+    assert "load average up to 4.2 on 2 cores" in curves(collect(tmp_path)).caveat
+
+
 def test_a_law_says_when_more_devices_were_slower(tmp_path):
     planted(tmp_path, [1, 2], lambda setting, variant: float(setting.devices))
     assert "slower with more devices" in law_text(curves(collect(tmp_path)).laws[0])

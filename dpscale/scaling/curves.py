@@ -222,6 +222,10 @@ def _caveat(records: Iterable[Record]) -> str:
     text = "CPU processes of one machine share memory and caches: this shows ratios, not GPUs or a network"
     if most > cores:
         text += f"; up to {most} processes shared {cores} cores, which shows overhead only"
+    loads = [(record.environment.get("load_average") or {}).get("before") for record in records]
+    busiest = max((load for load in loads if load is not None), default=0.0)
+    if busiest > cores + 0.5:
+        text += f"; other programs were running (load average up to {busiest:.1f} on {cores} cores)"
     return text + "."
 
 
