@@ -184,7 +184,7 @@ TABLE = [
         27, "C", "noise keys of all attempts are disjoint",
         SESSION + "no_key_is_used_twice_and_no_seen_step_is_uncharged",
         SESSION + "copies_of_one_directory_share_no_key_even_before_the_first_step",
-        LOOP + "neighbouring_attempts_and_steps_are_not_confused",
+        SECRET + "all_keys_over_steps_attempts_and_purposes_are_distinct",
     ),
     _law(
         28, "C", "no noise is used with another batch, start, learning rate, loss or data",
