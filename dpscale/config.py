@@ -109,7 +109,22 @@ class ModelSection(BaseModel):
     """`name` chooses the model; every other key goes to it and is checked against its own options."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = Field("cnn", description="mlp, cnn, cnn_groupnorm, vit, .. (other keys are the model's own)")
+    name: str = Field("cnn", description="mlp, cnn, vit_b16, .. (other keys are the model's own): docs/models.md")
+    pretrained: str | None = Field(None, description="file or directory of initial weights; they count as public")
+    pretrained_format: Literal["auto", "hugging_face", "timm", "augreg", "bit", "objax", "dpscale", "orbax"] = Field(
+        "auto", description='what model.pretrained is; "auto": told by the names of its tensors'
+    )
+    trainable: list[str] | None = Field(
+        None, description='what is trained: "all", "head", "bias", "last:N", "lora", patterns of names; default all'
+    )
+    lora_rank: int = Field(0, ge=0, description="low-rank adapters of this rank are trained; 0: none")
+    lora_alpha: Positive = Field(16.0, description="adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: list[str] = Field(["*/query", "*/value"], description="dense layers that get adapters")
+
+    @pydantic.field_validator("trainable", "lora_targets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @property
     def options(self) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from dpscale.baseline import summed_grad
 from dpscale.clipping import Bound, ClippedSum, Flat, Normalized, PerPattern, clipped_grad
 from dpscale.config import RunConfig
+from dpscale.mesh import place_replicated, replicated
 from dpscale.optimizer import make_optimizer
 from dpscale.placement import Placement
 from dpscale.privacy.plan import PrivacyPlan
@@ -20,10 +22,19 @@ from dpscale.task import Task
 
 
 def gradient_sum(config: RunConfig, plan: PrivacyPlan, task: Task) -> Callable[..., ClippedSum]:
-    """The clipped sum of the task's per-example gradients, or without privacy the plain one."""
-    if not plan.enabled:
-        return summed_grad(task.loss)
-    return clipped_grad(task.loss, bound=clipping_bound(plan), method=config.performance.clipping_method)
+    """The clipped sum of the task's per-example gradients, or without privacy the plain one.
+
+    Where weights are frozen it takes them last: `summed(params, batch, mask, keys, frozen)`.
+    """
+
+    def of(loss: Callable[..., Any]) -> Callable[..., ClippedSum]:
+        if not plan.enabled:
+            return summed_grad(loss)
+        return clipped_grad(loss, bound=clipping_bound(plan), method=config.performance.clipping_method)
+
+    if task.frozen is None:
+        return of(task.loss)
+    return lambda params, batch, mask, keys, frozen: of(task.bind(frozen).loss)(params, batch, mask, keys)
 
 
 def clipping_bound(plan: PrivacyPlan) -> Bound:
@@ -79,4 +90,11 @@ def compiled_steps(
         mesh, gradient_sum(config, plan, task), clip_norm, task.uses_key, reduce_every_accumulation=every
     )
     finalize = build_finalize_for(config, plan, placement)
-    return compile_steps(accumulate, finalize, mesh, state, table, rows)
+    frozen = task.frozen
+    if frozen is not None and not _is_placed(frozen, mesh):
+        frozen = place_replicated(mesh, frozen)
+    return compile_steps(accumulate, finalize, mesh, state, table, rows, frozen)
+
+
+def _is_placed(tree: Any, mesh: Mesh) -> bool:
+    return all(getattr(leaf, "sharding", None) == replicated(mesh) for leaf in jax.tree.leaves(tree))

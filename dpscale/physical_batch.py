@@ -68,7 +68,8 @@ def accumulate_bytes(config: RunConfig, plan: PrivacyPlan, task: Task, source: E
     words = jnp.zeros((rows, 2), jnp.uint32)
     keys = jax.eval_shape(lambda: jax.random.wrap_key_data(words, impl="threefry2x32"))
     mask = jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    arguments = (task.params, batch, mask, keys) if task.uses_key else (task.params, batch, mask)
+    arguments = (task.params, batch, mask, keys if task.uses_key else None)
+    arguments += () if task.frozen is None else (task.frozen,)
     memory = jax.jit(summed).lower(*arguments).compile().memory_analysis()
     if memory is None:
         raise InputError(

@@ -21,6 +21,7 @@ FREE = {
     "checkpoint": None,
     "metrics": None,
     "run": {"name"},
+    "model": {"pretrained"},  # where it lies; what it holds is a fact of the task
     "data": {"residence", "num_threads", "validation", "validation_is"},
     "training": {"evaluate_every_steps", "evaluate_ema"},
 }

@@ -85,7 +85,8 @@ def release(
             from dpscale.checkpoint import read_parameters, write_parameters
 
             averaged = config.training.evaluate_ema
-            params = read_parameters(directory.checkpoints / str(found.step), "ema" if averaged else "params")
+            trained = read_parameters(directory.checkpoints / str(found.step), "ema" if averaged else "params")
+            params = _whole(record, trained)
             write_weights(stage / WEIGHTS, params)
             (stage / WEIGHTS).chmod(SHARED_MODE)
             write_parameters(stage / ORBAX, params)
@@ -206,7 +207,7 @@ def _card(record: RunRecord, config: RunConfig, found: Found, model: dict[str, A
         secret_destroyed=not record.is_insecure and not record.directory.secret.exists(),
         public_data_used=config.privacy.public_data_used,
         hyperparameter_search=config.privacy.hyperparameter_search,
-        pretrained_weights=_pretrained(config, model),
+        pretrained_weights=_pretrained(config, model, facts),
         ledger={
             "sha256": record.ledger_sha256,
             "lines": len(record.ledger.records),
@@ -219,10 +220,33 @@ def _card(record: RunRecord, config: RunConfig, found: Found, model: dict[str, A
     )
 
 
-def _pretrained(config: RunConfig, model: dict[str, Any]) -> str:
-    given = config.model.options.get("pretrained") or getattr(config.model, "pretrained", None)
-    if given:
-        return Path(str(given)).name
+def _whole(record: RunRecord, trained: Any) -> Any:
+    """The plain model: frozen leaves put back, adapters multiplied into their kernels.
+
+    Raises: RunDirectoryError where the frozen leaves are gone or are not the run's.
+    """
+    from dpscale.models.leaves import join
+    from dpscale.models.trainable import merge_lora
+    from dpscale.task import weights_digest
+
+    expected, file, model = (
+        record.identity["program"].get("frozen weights"),
+        record.directory.frozen,
+        record.config.model,
+    )
+    whole = trained
+    if expected is not None:
+        frozen = read_weights(file)
+        if weights_digest(frozen) != expected:
+            raise RunDirectoryError(f"{file} does not hold the weights that this run froze: restore it")
+        whole = join(trained, frozen)
+    return merge_lora(whole, model.lora_alpha / model.lora_rank) if model.lora_rank else whole
+
+
+def _pretrained(config: RunConfig, model: dict[str, Any], facts: dict[str, Any]) -> str:
+    if config.model.pretrained is not None:
+        name = Path(config.model.pretrained).name
+        return f"{name} ({config.model.pretrained_format}), SHA-256 {facts.get('model.pretrained digest', 'unknown')}"
     if model["source"] == "python":
         return "not known to dpscale, for the model came from Python: see the public data used"
     return "none: random initial weights"

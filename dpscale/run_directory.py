@@ -54,6 +54,11 @@ class RunDirectory:
         return self.root / "ckpt"
 
     @property
+    def frozen(self) -> Path:
+        """Weights that are not trained, where there are any; public, as the weights that training starts from."""
+        return self.root / "frozen.safetensors"
+
+    @property
     def attempts(self) -> Path:
         return self.root / "attempts"
 
@@ -152,6 +157,16 @@ class RunDirectory:
 
     def _is_ours(self, entry: Path) -> bool:
         names = {"config.toml", "plan.json", "run.json", "secret.key", "ledger.jsonl", "ckpt", "metrics", "attempts"}
-        names |= {"lease", "STOP", "finished", "status.json", "plot.svg", "plot.png", "report.html", "jax_cache"}
+        names |= {
+            "lease",
+            "STOP",
+            "finished",
+            "frozen.safetensors",
+            "status.json",
+            "plot.svg",
+            "plot.png",
+            "report.html",
+            "jax_cache",
+        }
         names |= {"model.json", "ended.json"}
         return entry.name in names or entry.name.startswith(".")

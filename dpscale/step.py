@@ -59,6 +59,20 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Bound:
+    """A compiled `accumulate` with the weights that no step changes."""
+
+    compiled: Any
+    frozen: Any
+
+    def __call__(self, *arguments: Any) -> Sums:
+        return self.compiled(*arguments, self.frozen)
+
+    def memory_analysis(self) -> Any:
+        return self.compiled.memory_analysis()
+
+
+@dataclass(frozen=True)
 class StepFunctions:
     """The two functions, compiled ahead for one fixed shape, so that no draw of any size compiles anything again.
 
@@ -82,7 +96,7 @@ def build_accumulate(
     """The jitted `accumulate`: adds each device's clipped sum of its own rows to its own partial sum.
 
     Args:
-        summed: `clipped_grad(...)` or the non-private baseline.
+        summed: `clipped_grad(...)` or the non-private baseline; it takes `frozen` last where `accumulate` is given it.
         clip_norm: only for the sensitive count of clipped rows.
         uses_key: whether the loss takes a key. Each row's key is the step's key with the row's data-set index folded
             in, so it does not change with the row's place in the batch.
@@ -90,11 +104,12 @@ def build_accumulate(
             comparison only; `finalize` must know.
     """
 
-    def on_one_device(params, sums: Sums, table, rows: Rows, key: jax.Array) -> Sums:
+    def on_one_device(params, sums: Sums, table, rows: Rows, key: jax.Array, frozen) -> Sums:
         # Named, since jax's default generator can be set to another, whose keys have more words.
         typed_key = jax.random.wrap_key_data(key, impl="threefry2x32")
         keys = example_keys(typed_key, rows.id_words) if uses_key else None
-        out = summed(params, gather(table, rows.arrays), rows.mask, keys)
+        constants = () if frozen is None else (frozen,)
+        out = summed(params, gather(table, rows.arrays), rows.mask, keys, *constants)
         counted = rows.mask & out.finite
         statistics = jnp.stack(
             [
@@ -115,12 +130,16 @@ def build_accumulate(
     mapped = jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(everywhere, mine, everywhere, mine, everywhere),
+        in_specs=(everywhere, mine, everywhere, mine, everywhere, everywhere),
         out_specs=mine,
         # Replication checking would make autodiff insert a psum for the replicated parameters; the reduction is ours.
         check_vma=False,
     )
-    return jax.jit(mapped, donate_argnums=(1,))
+
+    def accumulate(params, sums: Sums, table, rows: Rows, key: jax.Array, frozen=None) -> Sums:
+        return mapped(params, sums, table, rows, key, frozen)
+
+    return jax.jit(accumulate, donate_argnums=(1,))
 
 
 def build_finalize(
@@ -175,18 +194,23 @@ def _whole_update(mesh: Mesh, plan: PrivacyPlan, optimizer: Any, state, sums: Su
     return optax.apply_updates(state.params, updates), opt_state, statistics
 
 
-def compile_steps(accumulate, finalize, mesh: Mesh, state: TrainState, table: Any, rows: Rows) -> StepFunctions:
+def compile_steps(
+    accumulate, finalize, mesh: Mesh, state: TrainState, table: Any, rows: Rows, frozen: Any = None
+) -> StepFunctions:
     """Compile both functions for these shapes before step 0; `rows` gives shapes only.
 
-    A call with other shapes raises instead of compiling again.
+    A call with other shapes raises instead of compiling again. `frozen`: weights that are not trained, placed on every
+    device; an argument of the compiled program, not constants in it, that every call is given.
     """
     zero_sums = jax.jit(partial(_zeros, state.params, mesh.size), out_shardings=split(mesh))
     sums = zero_sums()
     key = np.zeros(2, np.uint32)
-    accumulating = accumulate.lower(state.params, sums, table, rows, key).compile()
+    constants = () if frozen is None else (frozen,)
+    accumulating = accumulate.lower(state.params, sums, table, rows, key, *constants).compile()
     requests = requests_array(mesh, stop=False, save=False)
     finalizing = finalize.lower(state, sums, requests, key_words(bytes(32))).compile()
-    return StepFunctions(accumulating, finalizing, zero_sums)
+    bound = accumulating if frozen is None else _Bound(accumulating, frozen)
+    return StepFunctions(bound, finalizing, zero_sums)
 
 
 def requests_array(mesh: Mesh, *, stop: bool, save: bool) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,11 +20,17 @@ from dpscale.losses import (
     Metrics,
     classification_loss,
     classification_metrics,
+    language_model_loss,
+    language_model_metrics,
     regression_loss,
     regression_metrics,
     sum_over_records,
 )
 from dpscale.models import as_functional, build_model
+from dpscale.models.leaves import join, named, split
+from dpscale.models.pretrained import Origin, load_pretrained
+from dpscale.models.registry import is_language_model
+from dpscale.models.trainable import add_lora, check_lora_is_used, merge_lora, trainable_names, with_lora
 
 
 @dataclass(frozen=True)
@@ -33,18 +40,79 @@ class Task:
     With `privacy.unit = "user"` an example is a user, and its loss the sum over the user's records; `metrics` are
     always of one record.
 
-    `params`: the initial parameters, float32 leaves, the same on every process (they depend on run.seed, the model
-    and the examples' shape). `metrics(params, example)`: float scalars, averaged over the held-out examples.
+    `params`: the initial trainable parameters, float32 leaves, the same on every process (they depend on run.seed, the
+    model, its pre-trained file and the examples' shape). `metrics(params, example)`: float scalars, averaged over the
+    held-out examples.
+
+    `frozen`: the leaves that are not trained, as nested dicts, or None; they get no gradient, no noise and no optimizer
+    state. `loss` and `metrics` read these; a compiled program takes them as an argument, through `bind`, or `whole`.
+    `origin`: where pre-trained weights came from. `notes`: lines for the owner. `lora_scale`: see `with_lora`.
     """
 
     params: Any
     loss: Callable[..., jax.Array]
     uses_key: bool
     metrics: Metrics
+    frozen: Any = None
+    of_whole: tuple[Callable[..., jax.Array], Metrics] | None = None
+    origin: Origin | None = None
+    notes: tuple[str, ...] = ()
+    lora_scale: float | None = None
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers are trained."""
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def whole_loss(self) -> Callable[..., jax.Array]:
+        """The loss as a function of `whole(params)`."""
+        return self.loss if self.of_whole is None else self.of_whole[0]
+
+    @property
+    def whole_metrics(self) -> Metrics:
+        """The metrics as a function of `whole(params)`."""
+        return self.metrics if self.of_whole is None else self.of_whole[1]
+
+    def whole(self, params: Any) -> Any:
+        """All parameters of the model: these trained ones, and the frozen ones."""
+        return params if self.frozen is None else join(params, self.frozen)
+
+    def bind(self, frozen: Any) -> Task:
+        """This task with other values (tracers, arrays on a device) in place of the frozen ones."""
+        if self.of_whole is None:
+            return self
+        loss, metrics = self.of_whole
+        return replace(
+            self,
+            frozen=frozen,
+            loss=lambda params, *rest: loss(join(params, frozen), *rest),
+            metrics=lambda params, example: metrics(join(params, frozen), example),
+        )
+
+    def weight_facts(self) -> dict[str, str]:
+        """Digests of the weights that no training data enter: a resumed run must start from the same ones."""
+        facts = {} if self.origin is None else {"model.pretrained digest": self.origin.sha256}
+        return facts if self.frozen is None else facts | {"frozen weights": weights_digest(self.frozen)}
+
+
+def full_params(task: Task, params: Any) -> Any:
+    """The whole model for `params` of a run: frozen leaves put back, adapters multiplied into their kernels.
+
+    What the plain model of the config, without freezing and LoRA, takes; what is released.
+    """
+    whole = task.whole(params)
+    return whole if task.lora_scale is None else merge_lora(whole, task.lora_scale)
+
+
+def weights_digest(tree: Any) -> str:
+    """SHA-256 over names, dtypes, shapes and values of nested dicts' leaves; 64 hexadecimal digits."""
+    hasher = hashlib.sha256()
+    for name, leaf in sorted(named(tree).items()):
+        value = np.asarray(leaf)
+        hasher.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
+        hasher.update(np.ascontiguousarray(value).tobytes())
+    return hasher.hexdigest()
 
 
 def build_task(
@@ -64,9 +132,28 @@ def build_task(
     Raises: InputError where model and loss do not fit together, or a model works across examples.
     """
     task = _record_task(config, metadata, model, loss)
-    if metadata.records is None:
+    if metadata.records is not None:
+        summed = sum_over_records(task.loss, uses_key=task.uses_key)
+        task = replace(task, loss=summed)
+    return _with_frozen(config, task)
+
+
+def _with_frozen(config: RunConfig, task: Task) -> Task:
+    """The task in which only what `model.trainable` chooses is trained; `task.params` are still all parameters."""
+    chosen = config.model.trainable or (["lora", "head"] if config.model.lora_rank else None)
+    if chosen is None:
         return task
-    return replace(task, loss=sum_over_records(task.loss, uses_key=task.uses_key))
+    if config.model.trainable is None and not any(name.startswith("head/") for name in named(task.params)):
+        chosen = ["lora"]
+    names = trainable_names(task.params, chosen)
+    if len(names) == len(named(task.params)):
+        return task
+    trained, frozen = split(task.params, names)
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trained))
+    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(task.params))
+    note = f"trainable {count:,} of {total:,} parameters in {len(names)} tensors (model.trainable={chosen})"
+    task = replace(task, params=trained, of_whole=(task.loss, task.metrics), notes=(*task.notes, note))
+    return task.bind(frozen)
 
 
 def _record_task(
@@ -81,27 +168,58 @@ def _record_task(
     if _is_params(model):
         if loss is None:
             raise InputError("model is a pytree of parameters, so loss must be given: loss(params, example) -> scalar")
+        if config.model.lora_rank or config.model.pretrained:
+            raise InputError(
+                "model is a pytree of parameters: model.pretrained and model.lora_rank are for flax modules"
+            )
         params = jax.tree.map(jnp.asarray, model)
         return _own_loss(params, loss)
     transform = build_transform(config.data, metadata)
     if model is None:
-        model = build_model(
-            config.model.name,
-            _outputs(metadata),
-            compute_dtype=config.performance.compute_dtype,
-            **config.model.options,
-        )
+        model = _named_model(config, metadata)
     _check_vocabulary(model, metadata)
-    functional = as_functional(model, _model_input(transform, metadata, raw=loss is not None), seed=config.run.seed)
+    example = _model_input(transform, metadata, raw=loss is not None)
+    functional = as_functional(model, example, seed=config.run.seed)
+    params, apply, origin, scale = functional.params, functional.apply, None, None
+    if config.model.pretrained is not None:
+        params, origin = load_pretrained(params, config.model.pretrained, config.model.pretrained_format)
+    if config.model.lora_rank:
+        if loss is not None:
+            raise InputError(
+                "model.lora_rank changes the model's layers, but a loss was given, which calls its own model"
+            )
+        scale = config.model.lora_alpha / config.model.lora_rank
+        params = add_lora(params, config.model.lora_rank, config.model.lora_targets, config.run.seed)
+        apply = with_lora(apply, scale)
+        check_lora_is_used(apply, params, example)
     if loss is not None:
-        return _own_loss(functional.params, loss)
-    if metadata.label_kind == "class":
-        own = classification_loss(
-            functional.apply, transform, label_smoothing=config.training.label_smoothing, views=views
+        task = _own_loss(params, loss)
+    elif metadata.label_kind == "class":
+        own = classification_loss(apply, transform, label_smoothing=config.training.label_smoothing, views=views)
+        task = Task(params, own, True, classification_metrics(apply, transform))
+    elif metadata.label_kind == "tokens":
+        task = Task(params, language_model_loss(apply, transform), True, language_model_metrics(apply, transform))
+    else:
+        own = regression_loss(apply, transform, views=views)
+        task = Task(params, own, True, regression_metrics(apply, transform))
+    return replace(task, origin=origin, notes=() if origin is None else tuple(origin.lines()), lora_scale=scale)
+
+
+def _named_model(config: RunConfig, metadata: SourceMetadata) -> Any:
+    """The config's model, once it is sure that it fits the kind of data."""
+    dtype, options = config.performance.compute_dtype, dict(config.model.options)
+    built = build_model(config.model.name, _outputs(metadata), compute_dtype=dtype, **options)
+    if is_language_model(built) != (metadata.label_kind == "tokens"):
+        predicts = "predicts" if is_language_model(built) else "does not predict"
+        raise InputError(
+            f"model.name={config.model.name!r} {predicts} the next "
+            f"token, but the labels of {metadata.name} are of kind {metadata.label_kind!r}: gpt and gpt2_small "
+            "are for token files, the other models for classes and values"
         )
-        return Task(functional.params, own, True, classification_metrics(functional.apply, transform))
-    own = regression_loss(functional.apply, transform, views=views)
-    return Task(functional.params, own, True, regression_metrics(functional.apply, transform))
+    padding = metadata.padding_token
+    if padding is not None and "pad_token" not in options and hasattr(built, "pad_token"):
+        return build_model(config.model.name, _outputs(metadata), compute_dtype=dtype, **options, pad_token=padding)
+    return built
 
 
 def model_facts(config: RunConfig, metadata: SourceMetadata, *, model: Any = None, loss: Any = None) -> dict[str, Any]:
@@ -127,7 +245,9 @@ def model_facts(config: RunConfig, metadata: SourceMetadata, *, model: Any = Non
 
 
 def _outputs(metadata: SourceMetadata) -> int | None:
-    return metadata.num_classes if metadata.label_kind == "class" else int(np.prod(metadata.label_shape)) or 1
+    if metadata.label_kind in ("class", "tokens"):
+        return metadata.num_classes
+    return int(np.prod(metadata.label_shape)) or 1
 
 
 def example_shapes(metadata: SourceMetadata) -> dict[str, jax.ShapeDtypeStruct]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -29,7 +30,7 @@ from dpscale.feed import Feed, blank_rows
 from dpscale.gradients import check_groups, compiled_steps, make_placement
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
-from dpscale.mesh import data_mesh, replicated
+from dpscale.mesh import data_mesh, place_replicated, replicated
 from dpscale.metrics.files import explained
 from dpscale.metrics.recorder import Recorder
 from dpscale.optimizer import learning_rate_schedule
@@ -48,6 +49,7 @@ from dpscale.stopping import StopRequests
 from dpscale.task import Task, build_task, example_shapes, model_facts
 from dpscale.verify import AFTER_RESTART, AT_START, MadeUp, verify_steps
 from dpscale.watchdog import Watchdog
+from dpscale.weights import write_weights
 
 # Steps charged ahead where checkpoint.every_steps does not say: what a SIGKILL can leave charged until the resume.
 DEFAULT_RANGE_STEPS = 100
@@ -182,7 +184,9 @@ class _Run:
         self.checkpoints = Checkpoints(self.directory.checkpoints, self.config.checkpoint.keep)
         self.stack.callback(self.checkpoints.close)
         example = example_shapes(self.source.metadata)
-        self.program = program_facts(self.config, self.task.loss, self.task.params, example, self.task.uses_key)
+        whole = self.task.whole(self.task.params)
+        self.program = program_facts(self.config, self.task.whole_loss, whole, example, self.task.uses_key)
+        self.program |= self.task.weight_facts()
 
         def decide() -> dict[str, Any]:
             self.directory.prepare()
@@ -202,14 +206,28 @@ class _Run:
                 new_attempt=new_attempt,
                 report=self.report,
             )
+            if self.task.frozen is not None:
+                self._keep_frozen()
             return briefing.to_json()
 
         self.briefing = Briefing.from_json(decided_by_process_zero(decide))
         self.plan = self.briefing.plan
+        facts = json.dumps(self.task.weight_facts(), sort_keys=True).encode()
+        check_agreement("a pre-trained or frozen weight", facts, "Every node must read the same model.pretrained.")
+        for line in self.task.notes:
+            self.report(line)
         for warning in self.plan.warnings:
             self.report(f"warning: {warning}")
         self.metrics = Recorder(self.directory.root, self.config, self.plan, enabled=is_main())
         self.stack.callback(self.metrics.close)
+
+    def _keep_frozen(self) -> None:
+        """Once a run: the weights that no step changes, so that a release is whole. Their digest is in run.json."""
+        if self.directory.frozen.exists():
+            return
+        half = self.directory.frozen.with_name(f".{self.directory.frozen.name}.{os.getpid()}.tmp")
+        write_weights(half, self.task.frozen)
+        os.replace(half, self.directory.frozen)
 
     def build(self) -> None:
         """Compile both step functions for their one shape, and place the state of the first step."""
@@ -222,6 +240,8 @@ class _Run:
         rows_per_device = self._physical_batch_size()
         layout = run_layout(self.config, self.plan, rows_per_device, self.mesh.size)
         placement = make_placement(self.config, self.plan, self.mesh)
+        if self.task.frozen is not None:
+            self.task = self.task.bind(place_replicated(self.mesh, self.task.frozen))
         self.schedule = learning_rate_schedule(self.config.optimizer, self.plan.steps)
         resident = self.config.data.residence == "device"
         table = resident_shapes(self.source, replicated(self.mesh)) if resident else {}
@@ -250,7 +270,7 @@ class _Run:
         self.check_replicas = ReplicaCheck(self.mesh)
         if self.held_out is not None:
             threads = self.config.data.num_threads
-            self.evaluator = Evaluator(self.mesh, self.task.metrics, self.held_out, rows_per_device, threads)
+            self.evaluator = Evaluator(self.mesh, self.task.whole_metrics, self.held_out, rows_per_device, threads)
         self.metrics.recover(self.briefing.start_step if self.briefing.restore else None, self.briefing.attempt)
 
     def _verify(self, layout: BatchLayout, placement: Placement) -> None:
@@ -392,7 +412,7 @@ class _Run:
         """Evaluate and record; the held-out accuracy as far as it may be shown."""
         if self.held_out is not None:
             with self.watchdog.grace():
-                means = self.evaluator(self._weights())
+                means = self.evaluator(self.task.whole(self._weights()))
             self.validation = {"accuracy" if name == "correct" else name: mean for name, mean in means.items()}
         rate = float(np.asarray(self.schedule(step)))
         examples = len(self.held_out) if self.held_out is not None else 0

@@ -16,7 +16,8 @@ INITIAL = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def padded(size: int) -> Sequence[tuple[int, int]]:
     """Zero padding of (size - 1) // 2 on every side, as PyTorch models have it whatever the stride."""
-    return [((size - 1) // 2,) * 2] * 2
+    margin = (size - 1) // 2
+    return [(margin, margin)] * 2
 
 
 class StandardizedConv(nn.Module):
