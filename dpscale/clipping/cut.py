@@ -78,15 +78,45 @@ class Cut:
     tail: Program | None = None
 
 
-def cut(program: Program, gradient: Operand, moving: set[Name], leaves: Sequence[Name]) -> Cut | None:
-    """The cut of one gradient, or None where it does not come from products alone."""
+def cut(
+    program: Program, gradient: Operand, moving: set[Name], leaves: Sequence[Name], sums: bool = False
+) -> Cut | None:
+    """The cut of one gradient, or None where it does not come from products alone.
+
+    `sums`: a sum over positions (a bias) counts as the product of its terms with 1.
+    """
     if not isinstance(gradient, Name) or gradient not in moving:
         return None
-    walk = _Walk(moving)
+    walk = _Walk(moving, (*BILINEAR, "reduce_sum") if sums else BILINEAR)
     products = walk.back(program, gradient, (), None)
     if products:
         return Cut(tuple(products))
     return _linear_cut(program, gradient, moving, leaves)
+
+
+def cotangent_cut(program: Program, gradient: Operand, cuts: Sequence[Cut | None]) -> Cut | None:
+    """The cut of a gradient that is, but for its shape, an operand of another leaf's product: a bias of one position.
+
+    It counts as a sum over one position. Its rounding is that of the operand, on which the other leaf rests as well.
+    """
+    producers = program.producers()
+    products = [x for found in cuts if found is not None for x in found.products if not x.frames]
+    operands = {_unshaped(x, producers) for product in products for x in product.equation.inputs}
+    source = _unshaped(gradient, producers)
+    if not isinstance(source, Name) or source not in operands:
+        return None
+    alone = Equation("reduce_sum", [gradient], [Name(gradient.shape, source.dtype)], {"axes": ()}, lambda x: x)
+    return Cut((Product(alone, ()),))
+
+
+def _unshaped(at: Operand, producers: dict[Name, Equation]) -> Any:
+    """What `at` is made of by changes of shape alone; a Name, or None for what is no value of the program."""
+    while isinstance(at, Name):
+        equation = producers.get(at)
+        if equation is None or equation.operation not in SHAPE_ONLY:
+            return at
+        at = next(x for x in equation.inputs if isinstance(x, Name))
+    return None
 
 
 MAX_STEPS = 256
@@ -96,6 +126,7 @@ MAX_STEPS = 256
 @dataclass
 class _Walk:
     moving: set[Name]
+    ends: tuple[str, ...]
     steps: int = 0
 
     def back(
@@ -118,7 +149,7 @@ class _Walk:
             return None if any(part is None for part in parts) else [x for part in parts for x in part or ()]
         if equation.operation in SHAPE_ONLY or constant_factor(equation) is not None:
             return self._through(program, equation, frames)
-        if equation.operation in BILINEAR:
+        if equation.operation in self.ends:
             return [Product(equation, frames)] if _has_rule(equation, frames) else None
         if equation.body is not None:
             return self._into(program, equation, at, frames)

@@ -56,18 +56,8 @@ class Dense:
     def sides(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Operands [scans.., B, own axes..] -> [N, B, T, D] and [N, B, T, P]; N is left out where it is 1."""
         (contract_a, contract_g), (batch_a, batch_g) = self.product.equation.params["dimension_numbers"]
-        left = self._matrix(a, batch_a, contract_a, self.sizes.width_a)
-        return left, self._matrix(g, batch_g, contract_g, self.sizes.width_g)
-
-    def _matrix(self, x: jax.Array, batch: Sequence[int], contract: Sequence[int], width: int) -> jax.Array:
-        frames = self.product.frames
-        own = len(frames) + 1
-        stacked = [i for i, frame in enumerate(frames) if not frame.summed]
-        summed = [i for i, frame in enumerate(frames) if frame.summed]
-        free = [i for i in range(x.ndim - own) if i not in batch and i not in contract]
-        order = [*stacked, *(own + i for i in batch), len(frames), *summed, *(own + i for i in (*contract, *free))]
-        lead = () if self.sizes.parts == 1 else (self.sizes.parts,)
-        return jnp.transpose(x, order).reshape(*lead, x.shape[len(frames)], self.sizes.positions, width)
+        left = as_matrix(a, self.product, self.sizes, batch_a, contract_a, self.sizes.width_a)
+        return left, as_matrix(g, self.product, self.sizes, batch_g, contract_g, self.sizes.width_g)
 
     def tables(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[N, B, T, T] of inner products between positions, for each operand."""
@@ -109,6 +99,20 @@ class Dense:
         """Multiplications for one example, by route: the norm, and the share in the sum."""
         n, t, d, p = self.sizes.parts, self.sizes.positions, self.sizes.width_a, self.sizes.width_g
         return {"ghost": n * t * t * (d + p), "instantiated": n * t * d * p, "folded": n * t * d * p}
+
+
+def as_matrix(
+    x: jax.Array, product: Product, sizes: Sizes, batch: Sequence[int], contract: Sequence[int], width: int
+) -> jax.Array:
+    """An operand [scans.., B, own axes..] -> [N, B, T, width]: `batch` and summed axes as the equation numbers them."""
+    frames = product.frames
+    own = len(frames) + 1
+    stacked = [i for i, frame in enumerate(frames) if not frame.summed]
+    summed = [i for i, frame in enumerate(frames) if frame.summed]
+    free = [i for i in range(x.ndim - own) if i not in batch and i not in contract]
+    order = [*stacked, *(own + i for i in batch), len(frames), *summed, *(own + i for i in (*contract, *free))]
+    lead = () if sizes.parts == 1 else (sizes.parts,)
+    return jnp.transpose(x, order).reshape(*lead, x.shape[len(frames)], sizes.positions, width)
 
 
 def scaled_rows(x: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:

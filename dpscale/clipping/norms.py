@@ -16,6 +16,7 @@ Let u be the unit roundoff of the sums and S = sum_t |a_t||g_t|.
 Where the example's gradient is written out and that very array is scaled and summed, neither term is needed.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import numpy as np
 
 from dpscale.clipping.example import sum_dtype
 
-BLOCK = 512
+BLOCK = 1024
 TREE_DEPTH = 64
 
 
@@ -65,13 +66,8 @@ def uses_tf32() -> bool:
 
 def gram(x: jax.Array) -> jax.Array:
     """[..., T, D] -> [..., T, T], dot products in full precision, long ones in blocks."""
-    width = x.shape[-1]
-    if width > BLOCK:
-        blocks = -(-width // BLOCK)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * BLOCK - width)])
-        x = x.reshape(*x.shape[:-1], blocks, BLOCK)
-        return jnp.sum(_products("...tkd,...skd->...kts", x, x), axis=-3)
-    return _products("...td,...sd->...ts", x, x)
+    blocks = [x[..., i : i + BLOCK] for i in range(0, x.shape[-1], BLOCK)] if x.shape[-1] > BLOCK else [x]
+    return functools.reduce(jnp.add, [cross_gram(block, block) for block in blocks])
 
 
 def cross_gram(x: jax.Array, y: jax.Array) -> jax.Array:

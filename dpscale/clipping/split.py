@@ -11,15 +11,17 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 (arXiv 2210.00038, book-keeping and the mixed choice).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpscale.clipping.convolution import batched_convolution
-from dpscale.clipping.cut import Frame, cut
+from dpscale.clipping.cut import Frame, cotangent_cut, cut
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
 from dpscale.clipping.jaxpr import Constant, Equation, Name, Operand, Program, expose, moving_names, run, trace, walk
 from dpscale.clipping.layers import (
@@ -73,11 +75,15 @@ def split_backward(problem: Problem, method: str) -> Split:
     for equation in walk(program):
         if equation.operation == "conv_general_dilated" and all(x in moving for x in equation.inputs):
             equation.apply = batched_convolution(equation.apply)
-    layers = []
-    for name, leaf, gradient in zip(problem.names, problem.leaves, program.outputs[-count:], strict=True):
-        found = cut(program, gradient, moving, program.inputs[:count])
-        layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
     method = method if method != "auto" else "ghost" if program.checkpointed else "bookkeeping"
+    gradients = program.outputs[-count:]
+    cuts = [cut(program, x, moving, program.inputs[:count], sums=method == "ghost") for x in gradients]
+    if method == "ghost":
+        cuts = [found or cotangent_cut(program, x, cuts) for found, x in zip(cuts, gradients, strict=True)]
+    layers = [
+        layer_for(name, leaf.shape, found, program, tuple(problem.leaves))
+        for name, leaf, found in zip(problem.names, problem.leaves, cuts, strict=True)
+    ]
     layers = choose_routes(layers, refold=method == "ghost")
     inside = {j: names for j, x in enumerate(layers) if method == "ghost" and (names := _norms_inside_scan(x))}
     return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside)
@@ -160,34 +166,79 @@ def _stacked(x: jax.Array, operand: Operand, frames: tuple[Frame, ...]) -> jax.A
     return jnp.broadcast_to(x, (*(f.length for f in frames), *x.shape)) if isinstance(operand, Constant) else x
 
 
+BUNDLED_FLOATS = 2**14
+"""Written-out gradients of at most this size are put side by side: hundreds of biases and scales would otherwise be
+hundreds of tiny kernels, whose starting takes longer than their work."""
+
+
+def bundles(parts: Split, problem: Problem) -> list[list[int]]:
+    """The leaves in parts that are measured and summed as one array: small ones without rules, of one clip group."""
+    found: dict[Any, list[int]] = {}
+    for j, (layer, leaf) in enumerate(zip(parts.layers, problem.leaves, strict=True)):
+        small = not layer.rules and leaf.size <= BUNDLED_FLOATS
+        found.setdefault((problem.groups[j], sum_dtype(leaf.dtype)) if small else j, []).append(j)
+    return list(found.values())
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Norms, factors and flags of the batch, and the written-out gradients of the layers that have them."""
+    """Norms, factors and flags of the batch, and the written-out gradients of the bundles that have them."""
 
     norms: jax.Array
     factors: jax.Array
     finite: jax.Array
     good: jax.Array
+    bundles: list[list[int]]
     each: list[jax.Array | None]
 
 
 def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) -> Measured:
     """Everything that decides the factors. A row's numbers meet no other row's."""
-    squares: list[Squares] = []
+    squares = {j: Squares(*[jnp.zeros(problem.mask.shape, jnp.float32)] * 2) for j in range(len(parts.layers))}
     each: list[jax.Array | None] = []
-    for layer, value in zip(parts.layers, rows.values, strict=True):
+    together = bundles(parts, problem)
+    for places in together:
+        layer, value = parts.layers[places[0]], rows.values[places[0]]
         if isinstance(value, Squares):
             square, written = value, None
         elif layer.rules:
             square, written = (measure_in_slices(layer, value), None) if refold else measure(layer, value, False)
         else:
-            written = value.astype(sum_dtype(value.dtype))
+            written = _side_by_side([rows.values[j] for j in places])
             square = Squares(*[square_sum(written, written.ndim - 1)] * 2)
-        squares.append(square)
+        squares[places[0]] = square  # the bundle's; only the sum over the leaves of a clip group counts
         each.append(written)
-    norms, factors = clip_factors(problem, [x.estimate for x in squares], [x.upper for x in squares])
+    norms, factors = clip_factors(
+        problem, [squares[j].estimate for j in sorted(squares)], [squares[j].upper for j in sorted(squares)]
+    )
     finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms)
-    return Measured(norms, factors, finite | ~problem.mask, finite & problem.mask, each)
+    return Measured(norms, factors, finite | ~problem.mask, finite & problem.mask, together, each)
+
+
+def _side_by_side(values: list[jax.Array]) -> jax.Array:
+    """f[B, ...] of one leaf as it is, of several as f[B, sum of sizes]; in at least float32."""
+    wide = [x.astype(sum_dtype(x.dtype)) for x in values]
+    return wide[0] if len(wide) == 1 else jnp.concatenate([x.reshape(x.shape[0], -1) for x in wide], axis=1)
+
+
+def _apart(total: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    """The leaves of a bundle's sum."""
+    if len(shapes) == 1:
+        return [total]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    return [x.reshape(shape) for x, shape in zip(jnp.split(total, ends), shapes, strict=True)]
+
+
+def _sum_each(parts: Split, found: Measured) -> list[Any]:
+    """The sums of the leaves whose gradients were written out; None for the others."""
+    sums: list[Any] = [None] * len(parts.layers)
+    for places, written in zip(found.bundles, found.each, strict=True):
+        if written is not None:
+            layer, factor = parts.layers[places[0]], found.factors[places[0]]
+            total = sum_written_out(layer, written, factor, found.good)
+            for j, x in zip(places, _apart(total, [parts.layers[j].shape for j in places]), strict=True):
+                sums[j] = x
+    return sums
 
 
 def clipped_sum(problem: Problem, method: str) -> ClippedSum:
@@ -200,12 +251,10 @@ def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
     """One backward pass; the operands of every layer are kept until the factors are known."""
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=False)
-    sums = [
-        sum_factors(layer, value, factor, found.good)
-        if written is None
-        else sum_written_out(layer, written, factor, found.good)
-        for layer, value, written, factor in zip(parts.layers, rows.values, found.each, found.factors, strict=True)
-    ]
+    sums = _sum_each(parts, found)
+    for j, done in enumerate(sums):
+        if done is None:
+            sums[j] = sum_factors(parts.layers[j], rows.values[j], found.factors[j], found.good)
     return _result(problem, rows, found, sums)
 
 
@@ -217,19 +266,15 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     """
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=True)
-    sums: list[Any] = [None] * len(parts.layers)
-    for j, (layer, written) in enumerate(zip(parts.layers, found.each, strict=True)):
-        if not layer.rules:  # nothing bounds how much a second pass would round where such a gradient cancels
-            assert written is not None
-            sums[j] = sum_written_out(layer, written, found.factors[j], found.good)
+    sums = _sum_each(parts, found)  # nothing bounds how much a second pass would round where such a gradient cancels
     _sum_low_precision(problem, parts, found, sums)
     again = replace_rows(found.good, problem.rows)
     for group in sorted({problem.groups[j] for j, done in enumerate(sums) if done is None}):
         places = [j for j, done in enumerate(sums) if done is None and problem.groups[j] == group]
         factor = jnp.where(found.good, found.factors[places[0]], 0)
-        grads = _weighted_gradient(problem, again, factor, places)
-        for j, grad in zip(places, grads, strict=True):  # without any good row nothing replaced the bad ones
-            sums[j] = jnp.where(jnp.any(found.good), grad, 0)
+        grads = _second_pass(problem, again, factor, places, found.good)
+        for j, grad in zip(places, grads, strict=True):
+            sums[j] = grad
     return _result(problem, rows, found, sums)
 
 
@@ -251,6 +296,25 @@ def _sum_low_precision(problem: Problem, parts: Split, found: Measured, sums: li
         layer, value, factor = parts.layers[j], again[j], found.factors[j]
         take = sum_factors if layer.rules else sum_written_out
         sums[j] = take(layer, value, factor, found.good)
+
+
+def _second_pass(
+    problem: Problem, rows: Any, factor: jax.Array, places: Sequence[int], good: jax.Array
+) -> list[jax.Array]:
+    """The gradient of sum_i factor_i * loss_i; zeros without any good row, since then nothing replaced the bad ones.
+
+    A branch has its own buffers: in one stretch with the first pass, the compiler would merge the zeros that both
+    passes' scans begin with, and hold them all the time.
+    """
+
+    def gradient():
+        return _weighted_gradient(problem, rows, factor, places)
+
+    def nothing():
+        zero = (good[0] & False).astype(jnp.float32)  # inside shard_map it varies as the gradient does
+        return [jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in jax.eval_shape(gradient)]
+
+    return jax.lax.cond(jnp.any(good), gradient, nothing)
 
 
 def _weighted_gradient(problem: Problem, rows: Any, factor: jax.Array, places: Sequence[int]) -> list[jax.Array]:
