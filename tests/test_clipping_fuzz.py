@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpscale.clipping import ROUNDING_SLACK, Method, clipped_grad, split
+from dpscale.clipping import ROUNDING_SLACK, Flat, Method, Normalized, PerGroup, clipped_grad, split
 
 PROGRAMS = int(os.environ.get("DPSCALE_FUZZ_PROGRAMS", "8"))  # `make fuzz` takes 60: some ten minutes of compiling
 
@@ -256,18 +256,41 @@ def program(seed: int):
     return loss, params, batch, " / ".join(sketch.words)
 
 
-def assert_methods_agree(loss, params, batch, monkeypatch, rtol=1e-9):
+def variation(seed: int, loss, params):
+    """(loss, options of clipped_grad, whether it takes keys): a random bound, frozen leaves, keys, auxiliary output."""
+    rng = np.random.default_rng([11, seed])
+    bounds = [
+        Flat(CLIP_NORM),
+        Normalized(CLIP_NORM),
+        PerGroup({name: float(rng.uniform(0.05, 0.5)) for name in params}),
+    ]
+    options = {"bound": bounds[seed % 3], "has_aux": bool(rng.integers(2))}
+    if rng.integers(2):
+        options["trainable"] = {name: bool(rng.integers(2)) for name in params} | {list(params)[-1]: True}
+    keyed = bool(rng.integers(2))
+
+    def varied(p, example, *key):
+        h, ids = example
+        h = jnp.where(jax.random.bernoulli(key[0], 0.8, h.shape), h, 0) if keyed else h
+        value = loss(p, (h, ids))
+        return (value, {"mean": jnp.mean(h), "ids": ids}) if options["has_aux"] else value
+
+    return varied, options, keyed
+
+
+def assert_methods_agree(loss, params, batch, monkeypatch, rtol=1e-9, keys=None, **options):
     """In float64, each with the engine's own routes and with every layer on its tables where it may be."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     mask = jnp.arange(rows) != MASKED
     chosen = split.choose_routes
+    options = options or {"bound": Flat(CLIP_NORM)}
 
     def everything(params, batch, mask):
-        outs = [clipped_grad(loss, CLIP_NORM, "materialize")(params, batch, mask)]
+        outs = [clipped_grad(loss, method="materialize", **options)(params, batch, mask, keys)]
         ways: list[tuple[Method, Any]] = [("bookkeeping", chosen), ("bookkeeping", _as_found), ("ghost", _as_found)]
         for method, routes in ways:
             monkeypatch.setattr(split, "choose_routes", routes)
-            outs.append(clipped_grad(loss, CLIP_NORM, method)(params, batch, mask))
+            outs.append(clipped_grad(loss, method=method, **options)(params, batch, mask, keys))
         return outs
 
     fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -277,6 +300,8 @@ def assert_methods_agree(loss, params, batch, monkeypatch, rtol=1e-9):
         np.testing.assert_array_equal(out.finite, expected.finite)
         np.testing.assert_allclose(out.norms, expected.norms, rtol=rtol, atol=1e-30)
         np.testing.assert_allclose(out.losses, expected.losses, rtol=1e-5, atol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, out.aux, expected.aux)
+        assert jax.tree.structure(out.grad_sum) == jax.tree.structure(expected.grad_sum)
         for x, y in zip(jax.tree.leaves(out.grad_sum), jax.tree.leaves(expected.grad_sum), strict=True):
             assert x.dtype == y.dtype
             np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale)
@@ -295,8 +320,10 @@ def test_random_programs_agree_with_the_reference(seed, monkeypatch):
     """rtol: some thousand roundings of 1e-16, conditioned by up to 1e4 by the blocks' own cancellation."""
     with jax.enable_x64(True):
         loss, params, batch, words = program(seed)
+        loss, options, keyed = variation(seed, loss, params)
+        keys = jax.random.split(jax.random.key(seed), ROWS) if keyed else None
         try:
-            assert_methods_agree(loss, params, batch, monkeypatch)
+            assert_methods_agree(loss, params, batch, monkeypatch, keys=keys, **options)
         except Exception as error:
             error.add_note(words)
             raise
@@ -426,12 +453,13 @@ def test_random_programs_stay_within_the_bound_and_forget_bad_rows(seed, method)
     """float32. Row 1 becomes NaN: the others keep their bits."""
     loss, params, (x, i), words = program(seed)
     params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x))
-    clipped = jax.jit(clipped_grad(loss, 0.01, method))
+    bound = (Flat(0.01), Normalized(0.01), PerGroup(dict.fromkeys(params, 0.01)))[seed % 3]
+    clipped = jax.jit(clipped_grad(loss, method=method, bound=bound))
     mask = jnp.arange(ROWS) != MASKED
     for row in range(ROWS):
         alone = clipped(params, (x, i), jnp.arange(ROWS) == row).grad_sum
         squares = [np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(alone)]
-        assert np.sqrt(sum(squares)) <= 0.01 * (1 + ROUNDING_SLACK), words
+        assert np.sqrt(sum(squares)) <= bound.max_norm * (1 + ROUNDING_SLACK), words
     out = clipped(params, (x.at[1].set(jnp.nan).at[MASKED].set(jnp.inf), i), mask)
     without = clipped(params, (x, i), mask.at[1].set(False))
     jax.tree.map(np.testing.assert_array_equal, out.grad_sum, without.grad_sum)

@@ -197,8 +197,10 @@ class Convolution:
         g = scaled_rows(g, _along(factor, at, g.ndim), _along(good, at, g.ndim))
 
         def one(pair):
-            joined = _join_rows(pair[0], numbers.lhs_spec[1]), _join_rows(pair[1], numbers.rhs_spec[1])
-            return _apply(equation, *widened(*joined))
+            left, lhs = _join_rows(pair[0], numbers.lhs_spec)
+            right, rhs = _join_rows(pair[1], numbers.rhs_spec)
+            joined = jax.lax.ConvDimensionNumbers(lhs, rhs, numbers.out_spec)
+            return _apply(equation, joined, *widened(left, right))
 
         if not at:
             return self.product.finish(one((a, g)))
@@ -243,17 +245,29 @@ def _along(x: jax.Array, axis: int, ndim: int) -> jax.Array:
     return x.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
-def _join_rows(x: jax.Array, axis: int) -> jax.Array:
-    """[B, ..., I, ...] -> [..., B*I, ...]."""
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+def _join_rows(x: jax.Array, spec: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+    """[B, own axes] with the rows in the feature axis, which the convolution contracts; and where the axes are now.
+
+    Nothing is moved where that axis had length 1, as it has in a weight's gradient of one example.
+    """
+    feature = spec[1]
+    if x.shape[1 + feature] != 1:
+        x = jnp.moveaxis(x, 0, feature)
+        return x.reshape(*x.shape[:feature], -1, *x.shape[feature + 2 :]), spec
+    place = [0 if i == feature else i + (i < feature) for i in range(len(spec))]
+    return jnp.squeeze(x, 1 + feature), tuple(place[i] for i in spec)
 
 
-def _apply(equation: Equation, a: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
+def _apply(equation: Equation, numbers: Any, a: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
+    """The equation's convolution with other dimension numbers."""
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     names += ("feature_group_count", "batch_group_count", "precision")
     return jax.lax.conv_general_dilated(
-        a, g, preferred_element_type=dtype, **{name: equation.params[name] for name in names}
+        a,
+        g,
+        dimension_numbers=numbers,
+        preferred_element_type=dtype,
+        **{name: equation.params[name] for name in names},
     )
 
 

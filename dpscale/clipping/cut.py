@@ -78,45 +78,15 @@ class Cut:
     tail: Program | None = None
 
 
-def cut(
-    program: Program, gradient: Operand, moving: set[Name], leaves: Sequence[Name], sums: bool = False
-) -> Cut | None:
-    """The cut of one gradient, or None where it does not come from products alone.
-
-    `sums`: a sum over positions (a bias) counts as the product of its terms with 1.
-    """
+def cut(program: Program, gradient: Operand, moving: set[Name], leaves: Sequence[Name]) -> Cut | None:
+    """The cut of one gradient, or None where it does not come from products alone."""
     if not isinstance(gradient, Name) or gradient not in moving:
         return None
-    walk = _Walk(moving, (*BILINEAR, "reduce_sum") if sums else BILINEAR)
+    walk = _Walk(moving)
     products = walk.back(program, gradient, (), None)
     if products:
         return Cut(tuple(products))
     return _linear_cut(program, gradient, moving, leaves)
-
-
-def cotangent_cut(program: Program, gradient: Operand, cuts: Sequence[Cut | None]) -> Cut | None:
-    """The cut of a gradient that is, but for its shape, an operand of another leaf's product: a bias of one position.
-
-    It counts as a sum over one position. Its rounding is that of the operand, on which the other leaf rests as well.
-    """
-    producers = program.producers()
-    products = [x for found in cuts if found is not None for x in found.products if not x.frames]
-    operands = {_unshaped(x, producers) for product in products for x in product.equation.inputs}
-    source = _unshaped(gradient, producers)
-    if not isinstance(source, Name) or source not in operands:
-        return None
-    alone = Equation("reduce_sum", [gradient], [Name(gradient.shape, source.dtype)], {"axes": ()}, lambda x: x)
-    return Cut((Product(alone, ()),))
-
-
-def _unshaped(at: Operand, producers: dict[Name, Equation]) -> Any:
-    """What `at` is made of by changes of shape alone; a Name, or None for what is no value of the program."""
-    while isinstance(at, Name):
-        equation = producers.get(at)
-        if equation is None or equation.operation not in SHAPE_ONLY:
-            return at
-        at = next(x for x in equation.inputs if isinstance(x, Name))
-    return None
 
 
 MAX_STEPS = 256
@@ -126,7 +96,6 @@ MAX_STEPS = 256
 @dataclass
 class _Walk:
     moving: set[Name]
-    ends: tuple[str, ...]
     steps: int = 0
 
     def back(
@@ -149,7 +118,7 @@ class _Walk:
             return None if any(part is None for part in parts) else [x for part in parts for x in part or ()]
         if equation.operation in SHAPE_ONLY or constant_factor(equation) is not None:
             return self._through(program, equation, frames)
-        if equation.operation in self.ends:
+        if equation.operation in BILINEAR:
             return [Product(equation, frames)] if _has_rule(equation, frames) else None
         if equation.body is not None:
             return self._into(program, equation, at, frames)
@@ -281,3 +250,27 @@ def _linear_in(equation: Equation, moving: list[Name], producers: dict[Name, Equ
         cases = [x for x in equation.inputs[1:] if x not in moving]
         return equation.inputs[0] not in moving and all(is_zeros(x, producers) for x in cases)
     return len(moving) == len(equation.inputs)
+
+
+def absolute(tail: Program, leaves: Sequence[Any], terms: Sequence[Any]) -> Any:
+    """|L| applied to terms >= 0, where L is the linear map of a cut's tail: at least |L x| for any x with |x| <= terms.
+
+    Every equation of L is taken by its absolute value: factors |c|, and sums where L has differences.
+    """
+    env = dict(zip(tail.inputs, [*leaves, *terms], strict=True))
+    moving = set(tail.inputs[len(leaves) :])
+    for equation in tail.equations:
+        values = [x.value if isinstance(x, Constant) else env[x] for x in equation.inputs]
+        flags = [x in moving for x in equation.inputs]
+        if not any(flags):
+            results = equation.apply(*values)
+            results = results if isinstance(results, (tuple, list)) else [results]
+            env.update(zip(equation.outputs, results, strict=True))
+            continue
+        if equation.operation in ("mul", "div"):
+            values = [x if on else abs(x) for x, on in zip(values, flags, strict=True)]
+        result = values[0] if equation.operation == "neg" else sum(values[1:], values[0])
+        env[equation.outputs[0]] = result if equation.operation in ("neg", "sub") else _first(equation.apply(*values))
+        moving.add(equation.outputs[0])
+    (end,) = tail.outputs
+    return env[end] if isinstance(end, Name) else end.value

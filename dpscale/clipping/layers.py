@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.convolution import Convolution
-from dpscale.clipping.cut import Cut, Product
+from dpscale.clipping.cut import Cut, Product, absolute
 from dpscale.clipping.dense import Dense, leaf_layout
 from dpscale.clipping.embedding import Embedding
 from dpscale.clipping.example import sum_dtype
@@ -33,10 +33,9 @@ from dpscale.clipping.norms import (
     square_sum,
     uses_tf32,
 )
-from dpscale.clipping.reduction import Reduction
 
 Route = Literal["outer", "ghost", "instantiated", "materialised"]
-Rule = Dense | Convolution | Embedding | Reduction
+Rule = Dense | Convolution | Embedding
 
 GHOST_EXCESS = 0.05
 """A ghost norm is not used where its upper bound may exceed the square of a typical norm by more than this share."""
@@ -60,8 +59,6 @@ def rule_for(product: Product, program: Program) -> Rule | None:
         return Dense.of(product)
     if product.equation.operation == "conv_general_dilated":
         return Convolution.of(product)
-    if product.equation.operation == "reduce_sum":
-        return Reduction.of(product)
     return Embedding.of(product, program)
 
 
@@ -76,8 +73,6 @@ def layer_for(
     if found.tail is not None:
         return Layer(name, shape, "instantiated", known, found.tail, leaves)
     layer = Layer(name, shape, "instantiated", known)
-    if any(isinstance(rule, Reduction) for rule in known):
-        return layer
     if len(known) == 1 and all(isinstance(rule, Dense) and rule.sizes.positions == 1 for rule in known):
         return replace(layer, route="outer")
     return replace(layer, route="ghost") if _may_be_ghost(layer) else layer
@@ -185,8 +180,28 @@ def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax
     square = over_parts(square_sum(each, each.ndim - axis - 1))
     if not refold:
         return Squares(square, square), each
-    spread = sum(jnp.sqrt(over_parts(jnp.square(r.spreads(*p)))) for r, p in zip(layer.rules, pairs, strict=True))
+    spread = _tail_spread(layer, pairs) if layer.tail is not None else _spread(layer, pairs)
     return Squares(square, jnp.square(jnp.sqrt(square) + 2 * error * spread)), each
+
+
+def _spread(layer: Layer, pairs: list[Pair]) -> jax.Array:
+    """f[B]: sum_t |a_t||g_t|, which rounding of the sum is measured by."""
+    spreads = [jnp.sqrt(over_parts(jnp.square(r.spreads(*p)))) for r, p in zip(layer.rules, pairs, strict=True)]
+    return functools.reduce(jnp.add, spreads)
+
+
+def _tail_spread(layer: Layer, pairs: list[Pair]) -> jax.Array:
+    """f[B]: the same behind a linear tail L, which may magnify what the products round.
+
+    Entry by entry the products err by at most delta sum_t |a_t||g_t|, and what L makes of that is at most |L| of it.
+    """
+    assert layer.tail is not None
+    tail, terms = layer.tail, []
+    for rule, (a, g) in zip(layer.rules, pairs, strict=True):
+        each = rule.written_out(jnp.abs(a), jnp.abs(g))
+        terms.append(rule.finish(jnp.moveaxis(each, rule.batch_axis, 0), 1))
+    bounds = jax.vmap(lambda *row: absolute(tail, layer.leaves, row))(*terms)
+    return jnp.sqrt(square_sum(bounds, bounds.ndim - 1))
 
 
 def measure_in_slices(layer: Layer, pairs: list[Pair]) -> Squares:
@@ -194,7 +209,7 @@ def measure_in_slices(layer: Layer, pairs: list[Pair]) -> Squares:
     axes = [len(rule.product.frames) for rule in layer.rules]
     rows = pairs[0][0].shape[axes[0]]
     slices = math.gcd(rows, SLICES)
-    if slices == 1 or layer.route == "outer" or all(isinstance(rule, Reduction) for rule in layer.rules):
+    if slices == 1 or layer.route == "outer":
         return measure(layer, pairs, True)[0]
 
     def one(start):

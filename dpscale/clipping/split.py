@@ -11,8 +11,9 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 (arXiv 2210.00038, book-keeping and the mixed choice).
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpscale.clipping.convolution import batched_convolution
-from dpscale.clipping.cut import Frame, cotangent_cut, cut
+from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
 from dpscale.clipping.jaxpr import Constant, Equation, Name, Operand, Program, expose, moving_names, run, trace, walk
 from dpscale.clipping.layers import (
@@ -76,14 +77,10 @@ def split_backward(problem: Problem, method: str) -> Split:
         if equation.operation == "conv_general_dilated" and all(x in moving for x in equation.inputs):
             equation.apply = batched_convolution(equation.apply)
     method = method if method != "auto" else "ghost" if program.checkpointed else "bookkeeping"
-    gradients = program.outputs[-count:]
-    cuts = [cut(program, x, moving, program.inputs[:count], sums=method == "ghost") for x in gradients]
-    if method == "ghost":
-        cuts = [found or cotangent_cut(program, x, cuts) for found, x in zip(cuts, gradients, strict=True)]
-    layers = [
-        layer_for(name, leaf.shape, found, program, tuple(problem.leaves))
-        for name, leaf, found in zip(problem.names, problem.leaves, cuts, strict=True)
-    ]
+    layers = []
+    for name, leaf, gradient in zip(problem.names, problem.leaves, program.outputs[-count:], strict=True):
+        found = cut(program, gradient, moving, program.inputs[:count])
+        layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
     layers = choose_routes(layers, refold=method == "ghost")
     inside = {j: names for j, x in enumerate(layers) if method == "ghost" and (names := _norms_inside_scan(x))}
     return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside)
@@ -229,15 +226,18 @@ def _apart(total: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
     return [x.reshape(shape) for x, shape in zip(jnp.split(total, ends), shapes, strict=True)]
 
 
-def _sum_each(parts: Split, found: Measured) -> list[Any]:
-    """The sums of the leaves whose gradients were written out; None for the others."""
+def sum_rows(parts: Split, found: Measured, values: list[Any], each: Sequence[jax.Array | None]) -> list[Any]:
+    """Every leaf's clipped sum from its operands, or from the gradients of its bundle where `each` has them."""
     sums: list[Any] = [None] * len(parts.layers)
-    for places, written in zip(found.bundles, found.each, strict=True):
-        if written is not None:
-            layer, factor = parts.layers[places[0]], found.factors[places[0]]
-            total = sum_written_out(layer, written, factor, found.good)
-            for j, x in zip(places, _apart(total, [parts.layers[j].shape for j in places]), strict=True):
-                sums[j] = x
+    for places, written in zip(found.bundles, each, strict=True):
+        layer, factor = parts.layers[places[0]], found.factors[places[0]]
+        if written is None and layer.rules:
+            sums[places[0]] = sum_factors(layer, values[places[0]], factor, found.good)
+            continue
+        written = _side_by_side([values[j] for j in places]) if written is None else written
+        total = sum_written_out(layer, written, factor, found.good)
+        for j, x in zip(places, _apart(total, [parts.layers[j].shape for j in places]), strict=True):
+            sums[j] = x
     return sums
 
 
@@ -251,78 +251,82 @@ def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
     """One backward pass; the operands of every layer are kept until the factors are known."""
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=False)
-    sums = _sum_each(parts, found)
-    for j, done in enumerate(sums):
-        if done is None:
-            sums[j] = sum_factors(parts.layers[j], rows.values[j], found.factors[j], found.good)
-    return _result(problem, rows, found, sums)
+    return _result(problem, rows, found, sum_rows(parts, found, rows.values, found.each))
 
 
 def ghost(problem: Problem, parts: Split) -> ClippedSum:
-    """Two backward passes: norms first, then the gradient of sum_i factor_i * loss_i (one pass a clip group).
+    """Two backward passes, norms first; nothing is kept between them but the factors.
 
-    A row that does not count is replaced by a good one in the second pass: its own values could be NaN, and NaN * 0
-    is NaN. Low-precision products are summed from operands computed again, since their sum must be float32.
+    The second one makes every row's operands again and sums those: the same numbers that the norms are of, whatever
+    the backward pass rounds on its way to them. A row that does not count is replaced by a good one: its own values
+    could be NaN, and NaN * 0 is NaN. Scans would have to stack the operands of all their rounds; there the second pass
+    is the gradient of sum_i factor_i * loss_i.
     """
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=True)
-    sums = _sum_each(parts, found)  # nothing bounds how much a second pass would round where such a gradient cancels
-    _sum_low_precision(problem, parts, found, sums)
-    again = replace_rows(found.good, problem.rows)
-    for group in sorted({problem.groups[j] for j, done in enumerate(sums) if done is None}):
-        places = [j for j, done in enumerate(sums) if done is None and problem.groups[j] == group]
-        factor = jnp.where(found.good, found.factors[places[0]], 0)
-        grads = _second_pass(problem, again, factor, places, found.good)
-        for j, grad in zip(places, grads, strict=True):
-            sums[j] = grad
+    again = replace(problem, rows=replace_rows(found.good, problem.rows))
+    factors = jnp.where(found.good, found.factors, 0)
+    if parts.inside and not _rounds_coarsely(parts):
+        sums = _sum_by_gradient(again, parts, found, factors)
+    else:
+        sums = _where_any(found.good, lambda: _sum_again(again, parts, found, factors))
     return _result(problem, rows, found, sums)
 
 
-def _sum_low_precision(problem: Problem, parts: Split, found: Measured, sums: list[Any]) -> None:
-    """Fills in the sums of a loss that rounds to less than float32, from operands made again behind a barrier.
+def _rounds_coarsely(parts: Split) -> bool:
+    """Whether an ordinary backward pass would round sums or cotangents to less than float32.
 
-    An ordinary backward pass would round their sum over the batch to the operands' own precision, and a factor that
-    went through a cotangent of low precision would let a contribution exceed its bound. Products that a GPU rounds to
-    TF32 count as low: set jax_default_matmul_precision to "float32" to have the second pass instead.
+    Products that a GPU rounds to TF32 count too: set jax_default_matmul_precision to "float32" to have it all the same.
     """
-    low = [j for j, done in enumerate(sums) if done is None]
     kinds = {x.dtype for equation in walk(parts.program) for x in equation.outputs}
-    narrow = any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
-    if not low or not (narrow or uses_tf32()):
-        return
-    fenced, _ = jax.lax.optimization_barrier((problem.rows, found.factors))
-    again = evaluate_rows(replace(parts, inside={}), replace(problem, rows=fenced)).values
-    for j in low:
-        layer, value, factor = parts.layers[j], again[j], found.factors[j]
-        take = sum_factors if layer.rules else sum_written_out
-        sums[j] = take(layer, value, factor, found.good)
+    return uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
 
 
-def _second_pass(
-    problem: Problem, rows: Any, factor: jax.Array, places: Sequence[int], good: jax.Array
-) -> list[jax.Array]:
-    """The gradient of sum_i factor_i * loss_i; zeros without any good row, since then nothing replaced the bad ones.
+def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax.Array]:
+    """The second pass; zeros without any good row, since then nothing replaced the bad ones.
 
-    A branch has its own buffers: in one stretch with the first pass, the compiler would merge the zeros that both
-    passes' scans begin with, and hold them all the time.
+    A branch has its own buffers. In one stretch with the first pass, the compiler would share values between the passes
+    (what is made of the rows, the zeros that scans begin with) and hold them all the time.
     """
-
-    def gradient():
-        return _weighted_gradient(problem, rows, factor, places)
 
     def nothing():
-        zero = (good[0] & False).astype(jnp.float32)  # inside shard_map it varies as the gradient does
-        return [jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in jax.eval_shape(gradient)]
+        zero = (good[0] & False).astype(jnp.float32)  # inside shard_map it varies as the sums do
+        return [jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in jax.eval_shape(sums)]
 
-    return jax.lax.cond(jnp.any(good), gradient, nothing)
+    return jax.lax.cond(jnp.any(good), sums, nothing)
 
 
-def _weighted_gradient(problem: Problem, rows: Any, factor: jax.Array, places: Sequence[int]) -> list[jax.Array]:
+def _sum_again(again: Problem, parts: Split, found: Measured, factors: jax.Array) -> list[jax.Array]:
+    """The clipped sums from operands made again. No row is bad any more, so nothing is selected away."""
+    finite = replace(found, factors=factors, good=jnp.ones(factors.shape[1:], bool))
+    values = evaluate_rows(replace(parts, inside={}), again).values
+    return sum_rows(parts, finite, values, [None] * len(found.bundles))
+
+
+def _sum_by_gradient(again: Problem, parts: Split, found: Measured, factors: jax.Array) -> list[Any]:
+    """The clipped sums by a second, ordinary backward pass for each clip group.
+
+    What was written out is summed as it is: nothing bounds how much another pass would round where such a gradient
+    cancels.
+    """
+    written = [j for places, each in zip(found.bundles, found.each, strict=True) if each is not None for j in places]
+    bundled = [(places, x) for places, x in zip(found.bundles, found.each, strict=True) if x is not None]
+    chosen = replace(found, bundles=[places for places, _ in bundled])
+    sums = sum_rows(parts, chosen, [], [x for _, x in bundled])
+    for group in sorted({again.groups[j] for j in range(len(sums)) if j not in written}):
+        places = [j for j in range(len(sums)) if j not in written and again.groups[j] == group]
+        take = functools.partial(_weighted_gradient, again, factors[places[0]], places)
+        for j, grad in zip(places, _where_any(found.good, take), strict=True):
+            sums[j] = grad
+    return sums
+
+
+def _weighted_gradient(problem: Problem, factor: jax.Array, places: Sequence[int]) -> list[jax.Array]:
     def weighted(chosen):
         leaves = list(problem.leaves)
         for j, leaf in zip(places, chosen, strict=True):
             leaves[j] = leaf.astype(problem.leaves[j].dtype)
-        losses = jax.vmap(lambda row: problem.loss(leaves, row)[0])(rows)
+        losses = jax.vmap(lambda row: problem.loss(leaves, row)[0])(problem.rows)
         losses = losses.astype(sum_dtype(losses.dtype))
         return jnp.sum(losses * factor.astype(losses.dtype))
 
