@@ -4,7 +4,7 @@
 
 All methods of a model are run in turn (A B C A B C ...), after a warm-up; a figure is the median, and its ratio is to
 the faster of two SGD steps: the gradient of the vmapped loss and of the loss written for a batch. Writes
-benchmarks/results/clipping-MODEL.json. Opacus is measured by benchmarks/peers/opacus_clipping.py.
+benchmarks/results/clipping-MODEL.json. Opacus is measured by benchmarks/peers/clipping_opacus.py.
 """
 
 import argparse

@@ -117,7 +117,13 @@ class LanguageModel(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
-IMAGES = {"mlp": (MLP(), 64), "cnn": (CNN(), 64), "wrn-16-4": (WideResNet(), 16), "vit-tiny": (ViT(), 16)}
+IMAGES = {
+    "mlp": (MLP(), 64, 32),
+    "cnn": (CNN(), 64, 32),
+    "wrn-16-4": (WideResNet(), 16, 32),
+    "vit-tiny-4": (ViT(), 16, 32),  # 64 patches
+    "vit-tiny-16": (ViT(patch=16), 6, 224),  # 196 patches
+}
 TEXTS = {
     "lm-128": (LanguageModel(), 16, 128),
     "lm-1024": (LanguageModel(), 2, 1024),
@@ -130,8 +136,8 @@ def workload(name: str, batch: int | None = None) -> Workload:
     """The named model with random inputs; `batch` overrides its usual batch size."""
     keys = jax.random.split(jax.random.key(0), 3)
     if name in IMAGES:
-        module, size = IMAGES[name]
-        x = jax.random.normal(keys[1], (batch or size, 32, 32, 3))
+        module, size, side = IMAGES[name]
+        x = jax.random.normal(keys[1], (batch or size, side, side, 3))
         y = jax.random.randint(keys[2], (batch or size,), 0, 10)
     else:
         module, size, length = TEXTS[name]

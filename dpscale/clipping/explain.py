@@ -47,13 +47,14 @@ class Explanation:
 
 def explanation(parts: Split, rows: int) -> Explanation:
     """The costs of each layer for a batch of `rows` examples."""
-    return Explanation(parts.method, rows, [_cost(layer, rows, parts.method) for layer in parts.layers])
+    return Explanation(parts.method, rows, [_cost(layer, rows, parts) for layer in parts.layers])
 
 
-def _cost(layer: Layer, rows: int, method: str) -> LayerCost:
+def _cost(layer: Layer, rows: int, parts: Split) -> LayerCost:
     if not layer.rules:
         size = prod(layer.shape)
-        return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), 2 * rows * size, 0, 4 * rows * size)
+        held = 4 * rows * size if parts.method != "ghost" or parts.second_pass_is_a_gradient else 0
+        return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), 2 * rows * size, 0, held)
     macs = sgd = held = 0
     for rule in layer.rules:
         sizes, cost = rule.sizes, rule.macs()
@@ -67,7 +68,7 @@ def _cost(layer: Layer, rows: int, method: str) -> LayerCost:
             macs += rows * (cost["folded"] + (cost["ghost"] if layer.route == "ghost" else operands))
             held += 4 * rows * operands
     first = layer.rules[0].sizes
-    held = 0 if method == "ghost" else held
+    held = 0 if parts.method == "ghost" else held
     widths = (first.width_a, first.width_g)
     positions = sum(rule.sizes.positions for rule in layer.rules)
     return LayerCost(layer.name, layer.shape, layer.route, first.parts, positions, widths, macs, sgd, held)

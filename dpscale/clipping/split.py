@@ -52,6 +52,16 @@ class Split:
     aux_tree: Any
     inside: dict[int, tuple[Name, Name]] = field(default_factory=dict)
 
+    @property
+    def second_pass_is_a_gradient(self) -> bool:
+        """Whether ghost mode's second pass is an ordinary one; where that would round sums to less than float32, not.
+
+        Products that a GPU rounds to TF32 count as such: set jax_default_matmul_precision to "float32" to have it.
+        """
+        kinds = {x.dtype for equation in walk(self.program) for x in equation.outputs}
+        coarse = uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
+        return self.method == "ghost" and bool(self.inside) and not coarse
+
 
 def split_backward(problem: Problem, method: str) -> Split:
     """Traces the loss for one row, finds the cuts and chooses the routes.
@@ -266,20 +276,11 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     found = measure_rows(parts, problem, rows, refold=True)
     again = replace(problem, rows=replace_rows(found.good, problem.rows))
     factors = jnp.where(found.good, found.factors, 0)
-    if parts.inside and not _rounds_coarsely(parts):
+    if parts.second_pass_is_a_gradient:
         sums = _sum_by_gradient(again, parts, found, factors)
     else:
         sums = _where_any(found.good, lambda: _sum_again(again, parts, found, factors))
     return _result(problem, rows, found, sums)
-
-
-def _rounds_coarsely(parts: Split) -> bool:
-    """Whether an ordinary backward pass would round sums or cotangents to less than float32.
-
-    Products that a GPU rounds to TF32 count too: set jax_default_matmul_precision to "float32" to have it all the same.
-    """
-    kinds = {x.dtype for equation in walk(parts.program) for x in equation.outputs}
-    return uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
 
 
 def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax.Array]:
