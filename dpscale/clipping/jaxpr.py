@@ -12,6 +12,10 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
+CHECKED_VERSIONS = ("0.10.0", "0.10.2")
+"""Versions of jax whose programs this file was checked with, by the whole of tests/test_clipping_*.py: the oldest that
+is allowed, and the newest one when it was checked."""
+
 INLINED = {
     "jit": "jaxpr",
     "pjit": "jaxpr",

@@ -1,0 +1,106 @@
+"""Programs as equations: what is traced computes what the function computes, however it is nested, pruned or exposed."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dpscale.clipping.jaxpr import CHECKED_VERSIONS, Constant, expose, moving_names, run, subprogram, trace, walk
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def version(text):
+    return tuple(int(part) for part in text.split(".")[:3])
+
+
+def test_this_jax_is_one_that_the_programs_were_checked_with():
+    """A newer one may work: run all of tests/test_clipping_*.py with it, then add it to CHECKED_VERSIONS."""
+    assert version(CHECKED_VERSIONS[0])[:2] == (0, 10)
+    assert list(map(version, CHECKED_VERSIONS)) == sorted(map(version, CHECKED_VERSIONS))
+    assert version(jax.__version__) >= version(CHECKED_VERSIONS[0])
+    if version(jax.__version__) > version(CHECKED_VERSIONS[-1]):
+        warnings.warn(f"jax {jax.__version__} is newer than {CHECKED_VERSIONS[-1]}, the last one checked", stacklevel=1)
+
+
+@jax.custom_vjp
+def twice(x):
+    return 2 * x
+
+
+twice.defvjp(lambda x: (twice(x), None), lambda _, g: (2 * g,))
+
+
+@jax.custom_jvp
+def soft(x):
+    return jnp.logaddexp(x, 0.0)
+
+
+soft.defjvp(lambda primals, tangents: (soft(primals[0]), jax.nn.sigmoid(primals[0]) * tangents[0]))
+
+
+def nested(w, x):
+    @jax.checkpoint
+    def block(h):
+        return jnp.tanh(jax.jit(lambda h: soft(twice(h @ w)))(h))
+
+    h, extra = lax.scan(lambda h, t: (block(h) + t, jnp.sum(h)), x[0], x)
+    return jnp.sum(h) + jnp.sum(extra) ** 2
+
+
+def test_nested_programs_are_inlined_and_compute_the_same():
+    w, x = normal(0, 4, 4), normal(1, 3, 4)
+    program = trace(jax.value_and_grad(nested), w, x)
+    called = {"jit", "pjit", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "closed_call"}
+    assert called.isdisjoint(equation.operation for equation in walk(program))
+    assert program.checkpointed
+    expected = jax.value_and_grad(nested)(w, x)
+    for mine, theirs in zip(run(program, w, x), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
+def test_names_inside_a_scan_come_out_stacked_and_nothing_is_computed_in_vain():
+    def fun(w, x):
+        return lax.scan(lambda h, t: (jnp.tanh(h @ w) + t, jnp.cos(h)), jnp.ones(4), x)
+
+    w, x = normal(0, 4, 4), normal(1, 3, 4)
+    program = trace(fun, w, x)
+    (scan,) = [equation for equation in program.equations if equation.body is not None]
+    product = next(equation for equation in scan.body.equations if equation.operation == "dot_general")
+    short = expose(program, [product.outputs[0]])
+    assert all(equation.operation != "cos" for equation in walk(short))
+    states = [jnp.ones(4)]
+    for t in x:
+        states.append(jnp.tanh(states[-1] @ w) + t)
+    np.testing.assert_allclose(run(short, w, x)[0], jnp.stack([h @ w for h in states[:-1]]), rtol=1e-5)
+
+
+def test_names_move_with_the_inputs_that_they_depend_on_also_through_carries():
+    def fun(w, x):
+        carried, _ = lax.scan(lambda c, t: ((c[0] @ w, c[1] + t), None), (jnp.ones(4), jnp.zeros(4)), x)
+        return (*carried, w @ w)
+
+    program = trace(fun, normal(0, 4, 4), normal(1, 3, 4))
+    moving = moving_names(program, program.inputs[1:])
+    assert [name in moving for name in program.outputs] == [False, True, False]
+
+
+def test_a_part_of_a_program_starts_at_any_of_its_values():
+    program = trace(lambda x: jnp.sum(jnp.exp(jnp.sin(x)) * 3.0), normal(0, 5))
+    middle = next(equation.outputs[0] for equation in program.equations if equation.operation == "sin")
+    part = subprogram(program, [middle], program.outputs)
+    assert all(equation.operation != "sin" for equation in part.equations)
+    np.testing.assert_allclose(run(part, jnp.zeros(5))[0], 15.0)
+
+
+def test_arrays_that_a_function_closes_over_are_constants_and_literals_can_be_looked_at():
+    table = normal(3, 4)
+    program = trace(lambda x: x * 2.0 + table, normal(0, 4))
+    constants = [x for equation in program.equations for x in equation.inputs if isinstance(x, Constant)]
+    assert [float(x.literal) for x in constants if x.literal is not None and x.literal.ndim == 0] == [2.0]
+    assert any(x.shape == (4,) for x in constants)
+    np.testing.assert_allclose(run(program, jnp.ones(4))[0], 2 + table, rtol=1e-6)
