@@ -9,9 +9,8 @@ benchmarks/results/clipping-MODEL.json. Opacus is measured by benchmarks/peers/c
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from clipping_models import NAMES, Workload, workload
 from machine import machine
 
+from dpscale.bench import Cost, compare, cost_lines
 from dpscale.clipping import clipped_grad
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,46 +42,20 @@ def step(method: str, work: Workload) -> Callable[..., Any]:
     return lambda p, batch, mask: clipped(p, batch, mask).grad_sum
 
 
-def compile_step(method: str, work: Workload, args: tuple[Any, ...]) -> tuple[Any, dict[str, float]]:
-    begin = time.perf_counter()
-    lowered = jax.jit(step(method, work)).lower(*args)
-    traced = time.perf_counter()
-    program = lowered.compile()
-    memory = getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
-    compiled = time.perf_counter()
-    return program, {"trace_s": traced - begin, "compile_s": compiled - traced, "temp_bytes": memory}
-
-
 def measure(name: str, methods: list[str], repeats: int, batch: int | None) -> dict[str, Any]:
     work = workload(name, batch)
-    args = (work.params, (work.inputs, work.targets), jnp.ones(work.inputs.shape[0], bool))
-    programs, report = {}, {}
-    for method in methods:
-        programs[method], report[method] = compile_step(method, work, args)
-        jax.block_until_ready(programs[method](*args))
-    times: dict[str, list[float]] = {method: [] for method in methods}
-    for _ in range(repeats):
-        for method, program in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(program(*args))
-            times[method].append(time.perf_counter() - begin)
-    for method, seen in times.items():
-        report[method] |= {"time_s": statistics.median(seen), "fastest_s": min(seen), "slowest_s": max(seen)}
-    base = min((m for m in methods if m.startswith("sgd")), key=lambda m: report[m]["time_s"], default=methods[0])
-    for method in methods:
-        report[method]["times_sgd"] = report[method]["time_s"] / report[base]["time_s"]
-        report[method]["memory_of_sgd"] = report[method]["temp_bytes"] / max(report[base]["temp_bytes"], 1)
-    return {"model": name, "batch": work.inputs.shape[0], "fastest_sgd": base, "methods": report}
+    arguments = (work.params, (work.inputs, work.targets), jnp.ones(work.inputs.shape[0], bool))
+    plain = [method for method in methods if method.startswith("sgd")]
+    costs = compare({method: step(method, work) for method in methods}, arguments, repeats, plain or methods[:1])
+    fastest = min(plain or methods[:1], key=lambda method: costs[method].time_s)
+    record = {"model": name, "batch": work.inputs.shape[0], "fastest_sgd": fastest}
+    return record | {"methods": {method: asdict(cost) for method, cost in costs.items()}}
 
 
 def show(result: dict[str, Any]) -> None:
     print(f"{result['model']}, batch {result['batch']}, against {result['fastest_sgd']}")
-    for method, x in result["methods"].items():
-        print(
-            f"  {method:12s} {x['time_s'] * 1e3:9.1f} ms  x{x['times_sgd']:5.2f}   temp {x['temp_bytes'] / 1e6:8.1f} MB"
-            f"  x{x['memory_of_sgd']:5.2f}   trace {x['trace_s']:5.1f} s  compile {x['compile_s']:5.1f} s",
-            flush=True,
-        )
+    for line in cost_lines({method: Cost(**values) for method, values in result["methods"].items()}):
+        print("  " + line, flush=True)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dpscale.cli_audit import register as register_audit
+from dpscale.cli_bench import register as register_bench
 from dpscale.cli_cluster import register as register_cluster
 from dpscale.cli_data import register as register_data
 from dpscale.cli_privacy import register as register_privacy
@@ -91,6 +92,7 @@ def plan(
 
 register_cluster(app)
 register_audit(app)
+register_bench(app)
 register_data(app)
 register_privacy(app)
 register_scaling(app)

@@ -89,11 +89,11 @@ def convert(
 
 
 def _open(src: str, overrides: list[str] | None) -> ExampleSource:
-    from dpscale.config import data_section
+    from dpscale.config import partial_config
     from dpscale.data.open import open_source
     from dpscale.data.options import SourceOptions
 
-    return open_source(src, SourceOptions.from_config(data_section(overrides or [])))
+    return open_source(src, SourceOptions.from_config(partial_config(overrides or [], ("data",)).data))
 
 
 def _thread_counts(most: int) -> list[int]:

@@ -423,8 +423,8 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> RunCo
         raise InputError(f"{source}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
 
 
-def data_section(overrides: Sequence[str]) -> DataSection:
-    """A `[data]` section of defaults and `data.key=value` overrides, for verbs that need no whole config.
+def partial_config(overrides: Sequence[str], sections: Sequence[str]) -> RunConfig:
+    """Defaults and `section.key=value` overrides, for verbs that need only some sections of a config.
 
     Raises:
         InputError: an override of another section, and what `load_config` refuses.
@@ -432,10 +432,11 @@ def data_section(overrides: Sequence[str]) -> DataSection:
     values: dict[str, Any] = {}
     for override in overrides:
         _apply_override(values, override)
-    if set(values) - {"data"}:
-        raise InputError(f"{', '.join(sorted(set(values) - {'data'}))} is of no use here: give data.key=value only")
+    if set(values) - set(sections):
+        useful = " or ".join(f"{section}.key=value" for section in sections)
+        raise InputError(f"{', '.join(sorted(set(values) - set(sections)))} is of no use here: give {useful} only")
     rest = {"training": {"steps": 1}, "privacy": {"enabled": False, "sampling_rate": 1.0}}
-    return config_from_dict({**rest, **values}, source="the command line").data
+    return config_from_dict({**rest, **values}, source="the command line")
 
 
 def to_toml(config: RunConfig) -> str:

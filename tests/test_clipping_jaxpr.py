@@ -1,4 +1,4 @@
-"""Programs as equations: what is traced computes what the function computes, however it is nested, pruned or exposed."""
+"""Programs as equations: a traced program computes what the function computes, nested, pruned or exposed."""
 
 import warnings
 

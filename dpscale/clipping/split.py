@@ -279,15 +279,16 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     if parts.second_pass_is_a_gradient:
         sums = _sum_by_gradient(again, parts, found, factors)
     else:
-        sums = _where_any(found.good, lambda: _sum_again(again, parts, found, factors))
+        sums = _sum_again(again, parts, found, factors)
     return _result(problem, rows, found, sums)
 
 
 def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax.Array]:
     """The second pass; zeros without any good row, since then nothing replaced the bad ones.
 
-    A branch has its own buffers. In one stretch with the first pass, the compiler would share values between the passes
-    (what is made of the rows, the zeros that scans begin with) and hold them all the time.
+    A branch has its own buffers. In one stretch with the first pass, the compiler would merge the zeros that the scans
+    of both passes begin with, and hold them all the time. (Without scans a branch would only cost: XLA's CPU backend
+    takes ten times as long for a convolution inside of one.)
     """
 
     def nothing():
@@ -298,10 +299,15 @@ def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax
 
 
 def _sum_again(again: Problem, parts: Split, found: Measured, factors: jax.Array) -> list[jax.Array]:
-    """The clipped sums from operands made again. No row is bad any more, so nothing is selected away."""
+    """The clipped sums from operands made again. No row is bad any more, so nothing is selected away.
+
+    The barrier keeps the compiler from holding the first pass's operands instead of making them again.
+    """
+    rows, factors = jax.lax.optimization_barrier((again.rows, factors))
     finite = replace(found, factors=factors, good=jnp.ones(factors.shape[1:], bool))
-    values = evaluate_rows(replace(parts, inside={}), again).values
-    return sum_rows(parts, finite, values, [None] * len(found.bundles))
+    values = evaluate_rows(replace(parts, inside={}), replace(again, rows=rows)).values
+    sums = sum_rows(parts, finite, values, [None] * len(found.bundles))
+    return [jnp.where(jnp.any(found.good), x, 0) for x in sums]  # without a good row nothing replaced the bad ones
 
 
 def _sum_by_gradient(again: Problem, parts: Split, found: Measured, factors: jax.Array) -> list[Any]:
