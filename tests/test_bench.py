@@ -18,7 +18,7 @@ def run(*arguments):
     "arguments",
     [
         ("--model", "mlp", "--size", "8", "model.widths=[16]"),
-        pytest.param(("--model", "vit", "--size", "8", "model.depth=1", "model.width=16"), marks=pytest.mark.slow),
+        pytest.param(("--model", "vit", "--size", "8", "model.depth=1", "model.width=18"), marks=pytest.mark.slow),
         pytest.param(
             ("--model", "gpt", "--size", "6", "model.depth=1", "model.width=16", "model.heads=2"),
             marks=pytest.mark.slow,

@@ -60,7 +60,8 @@ class Split:
         """
         kinds = {x.dtype for equation in walk(self.program) for x in equation.outputs}
         coarse = uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
-        return self.method == "ghost" and bool(self.inside) and not coarse
+        scans = any(rule.product.frames for layer in self.layers for rule in layer.rules)
+        return self.method == "ghost" and scans and not coarse
 
 
 def split_backward(problem: Problem, method: str) -> Split:
