@@ -126,7 +126,16 @@ def made_up_data(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def compiled_quickly():
+    """Nearly all of the time would go into optimising programs that run twice."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"quickstart"}))
 def test_the_smoke_form_runs_the_recipes_code(name, made_up_data, monkeypatch, tmp_path):
     monkeypatch.chdir(made_up_data)
