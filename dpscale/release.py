@@ -7,6 +7,8 @@ DIR/PRIVACY.md and DIR/privacy.json (the card, with the digests of the other fil
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +26,7 @@ from dpscale.lease import Lease
 from dpscale.manifest import Found, inspect
 from dpscale.metrics.records import read_records
 from dpscale.privacy.card import SCHEMA, Card
+from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.secret import destroy
 from dpscale.run_directory import RunDirectory
 from dpscale.run_record import RunRecord, read_run
@@ -63,10 +66,13 @@ def release(
     Guarantees: nothing else than the above leaves: no key, no optimizer state, nothing computed from a training batch
     before noise. `out` appears at once and whole, or not at all. The run directory's lease is held meanwhile.
 
+    The released step is committed in the ledger before anything is written, so that no later start replays it.
+
     Returns: `out`.
 
-    Raises: InputError for an `out` that is not empty, a step that is not saved, statements that are missing or are
-        none; RunDirectoryError and PrivacyError where the run's files are damaged or do not fit each other.
+    Raises: InputError for an `out` that is not empty, a step that is not saved, statements that are missing, are
+        none or contradict the config; RunDirectoryError and PrivacyError where the run's files are damaged or do not
+        fit each other.
     """
     directory, out = RunDirectory.at(run_dir), Path(out).expanduser().absolute()
     _refuse_occupied(out)
@@ -81,6 +87,7 @@ def release(
             raise InputError("--destroy-secret: this run has no secret, but a fixed seed (privacy.insecure_seed)")
         found = _checkpoint(record, step)
         model = _released_model(directory)
+        record = _committed(record, found)
         with _appearing_at_once(out) as stage:
             from dpscale.checkpoint import read_parameters, write_parameters
 
@@ -95,8 +102,9 @@ def release(
             if destroy_secret:
                 _end(record)
             card = _card(record, config, found, model, _digests(stage))
-            _write_json(stage / CARD, card.to_json())
             write_atomically(stage / TEXT, card.to_markdown(), SHARED_MODE)
+            card = dataclasses.replace(card, files=_digests(stage))  # with the text's own
+            _write_json(stage / CARD, card.to_json())
     finally:
         lease.release()
     report(f"released  {out}")
@@ -112,14 +120,17 @@ def load_release(directory: str | os.PathLike[str]) -> Release:
     `params` suits `dpscale.models.build_model(model["name"], model["num_classes"], **model["options"])` where
     model["source"] is "dpscale.models".
 
-    Raises: InputError where a file is missing or is not the one that the card lists.
+    Raises: InputError where a file, of orbax/ too, is missing, is not the one that the card lists, or is not listed.
     """
     directory = Path(directory).expanduser()
     card = _read_json(directory / CARD)
     if card.get("schema") != SCHEMA or not isinstance(card.get("files"), dict):
         raise InputError(f"{directory / CARD} is no card of schema {SCHEMA}: use the dpscale that wrote it")
-    for name in (WEIGHTS, MODEL):
-        if not (directory / name).is_file() or _sha256(directory / name) != card["files"].get(name):
+    listed, there = card["files"], {name: digest for name, digest in _digests(directory).items() if name != CARD}
+    for name in sorted({WEIGHTS, MODEL, TEXT} | listed.keys() | there.keys()):
+        if name not in listed:
+            raise InputError(f"{directory / name} is not listed in {CARD}, so it is no part of the release: remove it")
+        if there.get(name) != listed[name]:
             raise InputError(f"{directory / name} is not the file that {CARD} lists: copy the release again")
     return Release(read_weights(directory / WEIGHTS), _read_json(directory / MODEL), card)
 
@@ -146,6 +157,12 @@ def _with_statements(record: RunRecord, statements: Sequence[str]) -> RunConfig:
             f'to [privacy] in {record.directory.config}: {STATEMENTS[0]}="none" (or which), {STATEMENTS[1]}=none (or '
             "public: on public data only; private: on the private data)"
         )
+    if config.model.pretrained is not None and (privacy.public_data_used or "").strip().lower() == "none":
+        raise InputError(
+            f"privacy.public_data_used=none, but the run started from {Path(config.model.pretrained).name} "
+            "(model.pretrained), and pre-trained weights count as public data: say what they were trained on, as "
+            'privacy.public_data_used="ImageNet-21k (pre-training)"'
+        )
     return config
 
 
@@ -163,6 +180,26 @@ def _checkpoint(record: RunRecord, step: int | None) -> Found:
             f"the checkpoint of step {found.step} is damaged ({fault}): restore it, or choose another with --step"
         )
     return found
+
+
+def _committed(record: RunRecord, found: Found) -> RunRecord:
+    """The run with `found` committed in its ledger; the lease is held.
+
+    Were it released uncommitted and its files lost, the same attempt would run the released steps again: with the same
+    noise, and uncharged.
+
+    Raises: RunDirectoryError where the run has ended, for its ledger can no longer be written.
+    """
+    current = record.ledger.current
+    if current is None or found.attempt not in (None, current.number) or found.step <= current.committed:
+        return record
+    if record.ended is not None or record.secret is None:
+        raise RunDirectoryError(
+            f"step {found.step} is saved but not committed in {record.directory.ledger}, and the run has ended, so it "
+            f"cannot be any more: choose a step up to {current.committed} with --step"
+        )
+    Ledger.load(record.directory.ledger, record.secret).close(current.number, found.step, current.end)
+    return read_run(record.directory.root)
 
 
 def _released_model(directory: RunDirectory) -> dict[str, Any]:
@@ -202,6 +239,8 @@ def _card(record: RunRecord, config: RunConfig, found: Found, model: dict[str, A
         averaged=config.training.evaluate_ema,
         charged_steps=record.charged_steps,
         charged_at_end=record.charged_at_end,
+        attempts=len(record.ledger.attempts),
+        made_from_size=_made_from_size(config),
         finished=record.is_finished,
         insecure=record.is_insecure,
         secret_destroyed=not record.is_insecure and not record.directory.secret.exists(),
@@ -218,6 +257,14 @@ def _card(record: RunRecord, config: RunConfig, found: Found, model: dict[str, A
         public_results=_public_results(record, found),
         files=files,
     )
+
+
+def _made_from_size(config: RunConfig) -> tuple[str, ...]:
+    """What of the plan was made from the number of records, as dpscale.privacy.plan does it."""
+    if config.privacy.expected_batch_size is None:
+        return ("the divisor",)  # rate x N; steps from epochs follow from the given rate alone
+    rate = ("the sampling rate",)
+    return (*rate, "the number of steps") if config.training.epochs is not None else rate
 
 
 def _whole(record: RunRecord, trained: Any) -> Any:
@@ -246,7 +293,11 @@ def _whole(record: RunRecord, trained: Any) -> Any:
 def _pretrained(config: RunConfig, model: dict[str, Any], facts: dict[str, Any]) -> str:
     if config.model.pretrained is not None:
         name = Path(config.model.pretrained).name
-        return f"{name} ({config.model.pretrained_format}), SHA-256 {facts.get('model.pretrained digest', 'unknown')}"
+        digest = facts.get("model.pretrained digest", "unknown")
+        return (
+            f"{name} ({config.model.pretrained_format}), SHA-256 {digest}; they count as public data: the guarantee "
+            "does not cover what they were trained on"
+        )
     if model["source"] == "python":
         return "not known to dpscale, for the model came from Python: see the public data used"
     return "none: random initial weights"
@@ -265,13 +316,22 @@ def _public_results(record: RunRecord, found: Found) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _appearing_at_once(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` when all went well and is removed otherwise."""
+    """A directory to fill, which becomes `out` when all went well and is removed otherwise.
+
+    Others cannot look into it before; what a killed release left is removed.
+    """
     stage = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left)
         stage.mkdir()
+        mode = stage.stat().st_mode & 0o777  # what the user's umask gives
+        stage.chmod(0o700)
         yield stage
         _sync(stage)
+        stage.chmod(mode)
         os.rename(stage, out)
         sync_directory(out.parent)
     except OSError as error:

@@ -24,8 +24,9 @@ SECRET_CHECK = b"this run's secret"  # its keyed digest tells one secret from an
 class RunRecord:
     """A run directory whose files fit each other.
 
-    `saved`: the checkpoints that have a manifest, oldest first. `secret`: None where it was destroyed; `ended` then
-    says when, and with which ledger. `ledger_sha256`: of the ledger's whole lines.
+    `saved`: the checkpoints that have a manifest, oldest first. `secret`: None where it was destroyed. `ended` says
+    when that was begun, and with which ledger; a secret beside it is one whose destruction was interrupted.
+    `ledger_sha256`: of the ledger's whole lines.
     """
 
     directory: RunDirectory
@@ -80,11 +81,14 @@ class RunRecord:
                 "the chain can no longer be verified, for the secret was destroyed; it was whole then, and the file "
                 "has not changed since"
             )
+        ended = (
+            "" if self.ended is None else "; ended, the secret is not yet destroyed (release --destroy-secret does it)"
+        )
         if not self.saved:
-            return "the chain of keyed digests is whole; there is no checkpoint yet to compare it with"
+            return f"the chain of keyed digests is whole; there is no checkpoint yet to compare it with{ended}"
         return (
             "the chain of keyed digests is whole, and holds every line that the checkpoint of step "
-            f"{self.saved[-1].step} was saved after"
+            f"{self.saved[-1].step} was saved after{ended}"
         )
 
 
@@ -101,7 +105,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         ended = _read_ended(directory) if directory.ended.exists() else None
         config = load_config(directory.config)
         plan = PrivacyPlan.from_json(directory.read_text(directory.plan))
-        secret = open_secret(directory, config) if ended is None else None
+        secret = open_secret(directory, config) if ended is None else _secret_left(directory, config)
         identity = read_identity(directory, secret)
         saved = _saved(directory)  # before the ledger, which only grows: a line that a checkpoint knows must be there
         data = directory.ledger.read_bytes() if directory.ledger.exists() else b""
@@ -167,6 +171,16 @@ def _read_ended(directory: RunDirectory) -> dict[str, Any]:
     if ended.get("schema") != 1 or not isinstance(ended.get("ledger_sha256"), str):
         raise RunDirectoryError(f"{directory.ended} is not what `dpscale release` wrote: restore it")
     return ended
+
+
+def _secret_left(directory: RunDirectory, config: RunConfig) -> RootSecret | None:
+    """The secret of an ended run where its destruction was interrupted before it began; None where it is gone."""
+    try:
+        secret = open_secret(directory, config)
+        read_identity(directory, secret)
+    except RunDirectoryError:
+        return None
+    return secret
 
 
 def _saved(directory: RunDirectory) -> list[Found]:

@@ -42,8 +42,8 @@ def search_cost(
         assume_same_data: compose although it cannot be shown that the runs' data are the same. The result is an upper
             bound also for data sets that overlap in part.
 
-    Raises: InputError for a run that promises nothing, is there twice, or whose data may be others; RunDirectoryError
-        and PrivacyError for damaged runs.
+    Raises: InputError for a run that promises nothing, is there twice, protects users where others protect records, or
+        whose data may be others; RunDirectoryError and PrivacyError for damaged runs.
     """
     records = [read_run(run) for run in runs]
     if not records:
@@ -55,6 +55,7 @@ def search_cost(
             raise InputError(
                 f"{record.directory.root} promises nothing ({why}), so neither does the search: leave it out"
             )
+    _refuse_mixed_units(records)
     deltas = sorted({record.plan.delta for record in records if record.plan.delta is not None})
     if delta is None and len(deltas) > 1:
         raise InputError(f"the runs have different deltas ({', '.join(map(str, deltas))}): choose one with --delta")
@@ -77,7 +78,7 @@ def search_lines(cost: SearchCost) -> Iterator[str]:
         state = "finished" if record.is_finished else f"{record.charged_steps} charged so far"
         yield (
             f"run      {record.directory.root}: {steps} steps ({state}), q {plan.sampling_rate:.6g}, noise multiplier "
-            f"{plan.noise_multiplier:.4f}"
+            f"{plan.noise_multiplier:.4f}, unit {plan.unit}"
         )
     yield f"data     {cost.sameness}"
     together = f"for all {len(cost.records)} runs ({cost.accountant})"
@@ -95,6 +96,18 @@ def _refuse_doubles(records: Sequence[RunRecord]) -> None:
         if place in seen:
             raise InputError(f"{record.directory.root} is given twice: name each run once")
         seen[place] = record
+
+
+def _refuse_mixed_units(records: Sequence[RunRecord]) -> None:
+    """One epsilon cannot hold for users and for single records at once, whatever the data are."""
+    users = [record for record in records if record.plan.unit == "user"]
+    if users and len(users) < len(records):
+        other = next(record for record in records if record.plan.unit != "user")
+        raise InputError(
+            f'{users[0].directory.root} protects users (privacy.unit = "user") and {other.directory.root} single '
+            f"records (privacy.unit = {other.plan.unit!r}): no one epsilon holds for both. Compose the runs of each "
+            "kind on their own"
+        )
 
 
 def _sameness(records: Sequence[RunRecord], assumed: bool) -> str:

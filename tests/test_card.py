@@ -74,12 +74,14 @@ def test_the_card_has_every_item_of_the_reporting_list():
         assert part in text
 
 
-@pytest.mark.parametrize("unit", ["example", "image", "patient, all visits"])
+@pytest.mark.parametrize("unit", ["example", "image", "patient"])
 def test_the_unit_of_privacy_is_printed_and_so_is_what_several_records_of_one_person_mean(unit):
     """PRIVACY.md row 38."""
     made = card({"unit": unit})
     assert made.to_json()["unit"] == unit
-    assert f"for each {unit} of the training data" in made.statement
+    record = unit if unit == "example" else f"record (called '{unit}')"  # no promise to each patient
+    assert f"for each {record} of the training data" in made.statement
+    assert f"| one {record};" in made.to_markdown()
     assert "whoever has several is protected for each, not for all together" in made.to_markdown()
 
 
@@ -87,7 +89,24 @@ def test_user_level_privacy_is_printed_with_its_bound():
     made = card({"unit": "user", "max_examples_per_user": 7})
     assert made.to_json()["max_examples_per_user"] == 7
     assert "one user with all its records, of which at most 7 are used" in made.to_markdown()
-    assert "not for all together" not in made.to_markdown()
+    assert "for each user of the training data" in made.statement
+    text = made.to_markdown()
+    assert "not for all together" not in text
+    for part in ("one user's records replaced", "of 5077 users", "each user's summed gradient", "* Each user entered"):
+        assert part in text
+    for part in ("one record", "each record", "Each record", "5077 records"):
+        assert part not in text
+
+
+def test_a_card_says_that_it_holds_only_while_the_run_is_not_continued_and_how_many_attempts_it_took():
+    made = card(attempts=3)
+    assert "while the run is not continued" in made.to_markdown()
+    assert "while the run is not continued" in made.to_json()["holds"]
+    assert made.to_json()["attempts"] == 3
+    assert "charged in 3 attempt(s)" in made.to_markdown()
+    for over in (card(secret_destroyed=True), card(insecure=True)):
+        assert over.to_json()["holds"] is None
+        assert "not continued" not in over.to_markdown()
 
 
 def test_public_data_and_the_search_are_printed_as_the_owner_stated_them():
@@ -142,6 +161,8 @@ def test_truncated_sampling_is_on_the_card_and_in_its_epsilon():
     made = card({"max_batch_size": 120})
     assert made.to_json()["mechanism"]["max_batch_size"] == 120
     assert "truncated: draws above 120" in made.to_markdown()
+    assert "truncated Poisson" in made.to_json()["accountant_assumptions"][0]
+    assert "truncated" not in card().to_json()["accountant_assumptions"][0]
     assert made.epsilon > card().epsilon
 
 

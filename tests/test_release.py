@@ -1,6 +1,7 @@
 """Laws of a release: the weights, the model and the card leave, at once and whole, and nothing else does."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -85,7 +86,7 @@ def test_a_release_holds_no_leaf_but_the_weights_no_secret_and_nothing_of_the_ru
     """PRIVACY.md rows 35 and 1."""
     for name in ("pending.jsonl", "sensitive.jsonl"):
         (run / "metrics").mkdir(exist_ok=True)
-        (run / "metrics" / name).write_text('{"step": 12, "train_loss": 0.77345, "batch_size": 9871}\n')
+        (run / "metrics" / name).write_text('{"step": 12, "train_loss": 0.77345, "batch_size": 98712345}\n')
     out = quietly(run, tmp_path / "out")
     assert {entry.name for entry in out.iterdir()} == FILES
     import orbax.checkpoint as ocp
@@ -101,7 +102,7 @@ def test_a_release_holds_no_leaf_but_the_weights_no_secret_and_nothing_of_the_ru
     backwards = bytes.fromhex(secret)[::-1]
     forms = [secret.encode(), secret.upper().encode(), bytes.fromhex(secret), backwards, str(number).encode()]
     heads = [line["digest"].encode() for line in map(json.loads, (run / "ledger.jsonl").read_text().splitlines())]
-    kept = [np.float32(MOMENTUM).tobytes() * 2, b"12345.6", b"0.77345", b"9871", str(run).encode(), b"digits/train"]
+    kept = [np.float32(MOMENTUM).tobytes() * 2, b"12345.6", b"0.77345", b"98712345", str(run).encode(), b"digits/train"]
     identity = json.loads((run / "run.json").read_text())
     for form in [*forms, *heads, *kept, identity["data"].encode(), identity["secret"].encode()]:
         assert form not in content
@@ -157,6 +158,65 @@ def test_an_earlier_checkpoint_of_a_finished_run_costs_what_the_whole_run_cost(r
     assert loaded.card["released_step"] == 3
     with pytest.raises(InputError, match="checkpoints of steps 3, 12"):
         quietly(run, tmp_path / "other", step=5)
+
+
+def saved_but_not_committed(root: Path) -> MadeRun:
+    """A run that died between the checkpoint of step 3 and its closing record."""
+    made = MadeRun(root)
+    made.open(0, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made.ledger, "close", lambda *_: None)
+        made.save_state(3, state(3))
+    return made
+
+
+def test_what_is_released_is_committed_so_that_its_steps_never_run_again_uncharged(tmp_path):
+    made = saved_but_not_committed(tmp_path / "run")
+    assert read_run(made.directory.root).committed_step == 0
+    card = load_release(quietly(made.directory.root, tmp_path / "out")).card
+    record = read_run(made.directory.root)
+    assert record.committed_step == 3
+    assert card["ledger"]["sha256"] == record.ledger_sha256
+    shutil.rmtree(made.directory.checkpoints / "3")
+    with pytest.raises(RunDirectoryError, match="step 3 was committed"):
+        made.start()
+    made.start(new_attempt=True)
+    assert (made.briefing.attempt, made.briefing.charged_before) == (1, 6)
+
+
+def test_a_step_that_can_no_longer_be_committed_is_not_released(tmp_path):
+    run = saved_but_not_committed(tmp_path / "run").directory.root
+    record = read_run(run)
+    record.directory.write_json(record.directory.ended, {"schema": 1, "ledger_sha256": record.ledger_sha256})
+    with pytest.raises(RunDirectoryError, match="saved but not committed"):
+        quietly(run, tmp_path / "out")
+    (run / "secret.key").unlink()
+    with pytest.raises(RunDirectoryError, match="saved but not committed"):
+        quietly(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pretrained_weights_are_public_data_on_the_card_and_contradict_none(run, tmp_path):
+    path = run / "config.toml"
+    text = path.read_text()
+    path.write_text(text.replace("[model]\n", '[model]\npretrained = "/weights/vit.npz"\n'))
+    assert path.read_text() != text
+    with pytest.raises(InputError, match="pre-trained weights count as public data: say what"):
+        quietly(run, tmp_path / "out")
+    said = ["privacy.public_data_used=ImageNet-21k", SAID[1]]
+    weights = load_release(quietly(run, tmp_path / "out", statements=said)).card["pretrained_weights"]
+    assert weights.startswith("vit.npz")
+    assert "does not cover what they were trained on" in weights
+
+
+@pytest.mark.parametrize("kind", ["plan from N", "rate given"])
+def test_with_a_private_size_the_card_says_what_of_the_plan_was_made_from_it(tmp_path, kind):
+    given = {"expected_batch_size": None, "sampling_rate": 0.05} if kind == "rate given" else {}
+    run = trained(tmp_path / "run", 6, neighboring_relation="add_or_remove", **given)
+    said = load_release(quietly(run, tmp_path / "out")).card["accountant_assumptions"]
+    made = "the divisor" if kind == "rate given" else "the sampling rate"
+    assert any(f"Made from the private number of records: {made};" in line for line in said)
+    assert any("can compute the number" in line for line in said) == (kind == "plan from N")
 
 
 @pytest.mark.parametrize("said", [(), SAID[:1], SAID[1:]])
@@ -258,6 +318,41 @@ def test_a_release_with_a_changed_or_missing_file_is_not_loaded(run, tmp_path, f
         load_release(out)
 
 
+def test_every_file_of_a_release_is_checked_and_no_other_is_taken(run, tmp_path):
+    out = quietly(run, tmp_path / "out")
+    listed = load_release(out).card["files"]
+    assert set(listed) == {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()} - {"privacy.json"}
+    assert any(name.startswith("orbax/") for name in listed)
+    for name in listed:
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(kept + b" ")
+        with pytest.raises(InputError, match="is not the file that"):
+            load_release(out)
+        (out / name).write_bytes(kept)
+    (out / "orbax" / "more").touch()
+    with pytest.raises(InputError, match="not listed"):
+        load_release(out)
+
+
+def test_nobody_else_sees_a_release_before_it_is_whole_and_a_killed_ones_rest_is_removed(run, tmp_path, monkeypatch):
+    rest = tmp_path / ".out.1.tmp"
+    rest.mkdir()
+    (rest / "weights.safetensors").touch()
+    other = tmp_path / ".other.1.tmp"
+    other.mkdir()
+    modes = []
+
+    def look(path, *rest, true=release_module.write_weights):
+        modes.append(path.parent.stat().st_mode & 0o777)
+        true(path, *rest)
+
+    monkeypatch.setattr(release_module, "write_weights", look)
+    out = quietly(run, tmp_path / "out")
+    assert modes == [0o700]
+    assert out.stat().st_mode == other.stat().st_mode  # as the umask has it
+    assert not rest.exists()
+
+
 def test_a_run_in_use_or_damaged_releases_nothing(run, tmp_path):
     lease = Lease(run / "lease")
     lease.acquire()
@@ -345,6 +440,18 @@ def test_killed_while_the_secret_was_destroyed_it_is_finished_the_next_time(run,
             quietly(run, tmp_path / "out", destroy_secret=True)
     assert (run / "secret.key").exists()
     assert not (tmp_path / "out").exists()
+    assert read_run(run).verification.endswith(
+        "ended, the secret is not yet destroyed (release --destroy-secret does it)"
+    )
+    ledger = (run / "ledger.jsonl").read_bytes()
+    ended = (run / "ended.json").read_text()
+    (run / "ledger.jsonl").write_bytes(changed := ledger.replace(b'"devices": 1', b'"devices": 2'))
+    digests = [hashlib.sha256(each).hexdigest() for each in (ledger, changed)]
+    (run / "ended.json").write_text(ended.replace(*digests))
+    with pytest.raises(PrivacyError, match="chain of keyed digests"):  # both files changed: the secret still shows it
+        read_run(run)
+    (run / "ledger.jsonl").write_bytes(ledger)
+    (run / "ended.json").write_text(ended)
     assert load_release(quietly(run, tmp_path / "kept")).card["secret_destroyed"] is False
     assert load_release(quietly(run, tmp_path / "out", destroy_secret=True)).card["secret_destroyed"] is True
     assert not (run / "secret.key").exists()
@@ -398,6 +505,6 @@ def test_what_was_trained_is_what_is_released_and_predicts_the_same(tmp_path):
     logits = jax.vmap(lambda x: model.apply({"params": loaded.params}, x))(scaled)
     accuracy = float(np.mean(np.argmax(logits, axis=-1) == everything["label"]))
     assert accuracy == pytest.approx(loaded.card["public_results"]["validation_accuracy"], abs=1e-6)
-    assert "for each digit of the training data" in loaded.card["statement"]
+    assert "for each record (called 'digit') of the training data" in loaded.card["statement"]
     with pytest.raises(RunDirectoryError, match="ended for good"):
         dpscale.train(made, tmp_path / "run", progress=False, report=lambda line: None)

@@ -1,5 +1,6 @@
 """Laws of `privacy sweep`: what the runs of one search spend together."""
 
+import dataclasses
 import math
 import os
 import shutil
@@ -7,11 +8,13 @@ import shutil
 import pytest
 from run_fixtures import STEPS, made_run
 
+import dpscale.search_cost as search_cost_module
 from dpscale.cli import app
 from dpscale.errors import InputError
 from dpscale.privacy.accounting import Step, epsilon
 from dpscale.privacy.composition import composed_epsilon
-from dpscale.search_cost import search_cost
+from dpscale.privacy.plan import PrivacyPlan
+from dpscale.search_cost import search_cost, search_lines
 
 A, B = Step(2.0, 0.05), Step(1.2, 0.02)
 
@@ -105,6 +108,25 @@ def test_a_run_that_promises_nothing_is_refused(runs, tmp_path, privacy):
     plain = made_run(tmp_path / "plain", 6, **privacy).directory.root
     with pytest.raises(InputError, match="promises nothing"):
         search_cost([*runs, plain])
+
+
+def test_runs_that_protect_users_are_not_composed_with_runs_that_protect_records(runs):
+    path = runs[1] / "plan.json"
+    plan = PrivacyPlan.from_json(path.read_text())
+    users = dataclasses.replace(plan, unit="user", max_examples_per_user=3)
+    lines = [f"unit {unit}" for unit in ("example", "user")]
+    assert lines[0] in "\n".join(search_lines(search_cost(runs)))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def of_users(run, true=search_cost_module.read_run):
+            record = true(run)
+            return dataclasses.replace(record, plan=users) if record.plan == plan else record
+
+        patch.setattr(search_cost_module, "read_run", of_users)
+        for assumed in (False, True):
+            with pytest.raises(InputError, match="protects users"):
+                search_cost(runs, assume_same_data=assumed)
+        assert lines[1] in "\n".join(search_lines(search_cost(runs[1:])))
 
 
 def test_a_run_named_twice_is_refused_and_so_are_different_deltas_without_a_choice(runs, tmp_path):

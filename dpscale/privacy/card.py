@@ -19,6 +19,11 @@ RELATIONS = {
     "add_or_remove": "one record added or removed",
     "replace_one": "one record replaced by any other",
 }
+USER_RELATIONS = {
+    "zero_out": "one user's records replaced by none that contribute; the number of users is public",
+    "add_or_remove": "one user's records added or removed",
+    "replace_one": "one user's records replaced by any others",
+}
 SEARCHES = {
     "none": "none: the settings were fixed without looking at results",
     "public": "on public data only: it costs no privacy",
@@ -42,7 +47,8 @@ class Card:
     `charged_steps`: what the ledger charges now; `charged_at_end`: what it will at the planned end, which decides
     epsilon where the run did not come to it. `finished`: whether it did. `averaged`: the
     moving average of the weights is released. `public_results`: held-out metrics on data
-    that were declared public. `files`: SHA-256 of what is released, by name.
+    that were declared public. `attempts`: how many the run took, each charged. `made_from_size`: what of the plan was
+    made from the number of records. `files`: SHA-256 of what is released, by name.
     """
 
     plan: PrivacyPlan
@@ -53,6 +59,8 @@ class Card:
     insecure: bool
     secret_destroyed: bool
     averaged: bool = False
+    attempts: int = 1
+    made_from_size: tuple[str, ...] = ("the divisor",)
     public_data_used: str | None
     hyperparameter_search: str | None
     pretrained_weights: str
@@ -87,8 +95,8 @@ class Card:
         if why is not None:
             return f"NO privacy guarantee: {why}."
         return (
-            f"({shown_epsilon(self.epsilon)}, {self.plan.delta:g})-differential privacy for each {self.plan.unit} of "
-            "the training data, in the central setting."
+            f"({shown_epsilon(self.epsilon)}, {self.plan.delta:g})-differential privacy for each {self._unit_name()} "
+            "of the training data, in the central setting."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -113,6 +121,8 @@ class Card:
             "released_step": self.released_step,
             "planned_steps": plan.steps,
             "charged_steps": self.charged_steps,
+            "attempts": self.attempts,
+            "holds": self._holds(),
             "mechanism": self._mechanism(),
             "accountant": plan.accountant,
             "accountant_library": "dp-accounting",
@@ -132,18 +142,23 @@ class Card:
 
     def to_markdown(self) -> str:
         """What PRIVACY.md holds."""
-        plan = self.plan
+        plan, relations = self.plan, USER_RELATIONS if self._by_user else RELATIONS
         rows = [
             ("Setting", "central: whoever trained saw the data; the promise is to everyone else"),
-            ("Neighbouring data sets", f"{plan.neighboring_relation}: {RELATIONS[plan.neighboring_relation]}"),
+            ("Neighbouring data sets", f"{plan.neighboring_relation}: {relations[plan.neighboring_relation]}"),
             ("Unit of privacy", self._unit()),
             ("Released", self._released()),
             ("Covered", self._covers()),
             *self._epsilon_rows(),
+            *([("Holds", self._holds() or "")] if self._holds() else []),
             ("Accountant", f"{plan.accountant}: {ACCOUNTANTS[plan.accountant]}, by dp-accounting"),
             ("Sampling", self._sampling()),
             ("Clipping and noise", self._noise()),
-            ("Steps", f"{self.charged_steps} charged, repeated ones included; {plan.steps} planned"),
+            (
+                "Steps",
+                f"{self.charged_steps} charged in {self.attempts} attempt(s), repeated ones included; "
+                f"{plan.steps} planned",
+            ),
             ("Search for hyper-parameters", SEARCHES.get(self.hyperparameter_search or "", "not stated")),
             ("Public data used", self.public_data_used or "not stated"),
             ("Pre-trained weights", self.pretrained_weights),
@@ -183,11 +198,19 @@ class Card:
             rows.append(("epsilon if the stop was decided in advance", f"{early} at delta {self.plan.delta:g}"))
         return rows
 
+    @property
+    def _by_user(self) -> bool:
+        return self.plan.unit == "user"
+
+    def _unit_name(self) -> str:
+        """Only "user" groups records; any other word is what the owner calls one record, and may promise too much."""
+        return self.plan.unit if self.plan.unit in ("user", "example") else f"record (called '{self.plan.unit}')"
+
     def _unit(self) -> str:
-        if self.plan.max_examples_per_user is not None:
+        if self._by_user:
             most = self.plan.max_examples_per_user
-            return f"one {self.plan.unit} with all its records, of which at most {most} are used"
-        return f"one {self.plan.unit}; whoever has several is protected for each, not for all together"
+            return f"one user with all its records, of which at most {most} are used"
+        return f"one {self._unit_name()}; whoever has several is protected for each, not for all together"
 
     def _released(self) -> str:
         if self.finished:
@@ -200,11 +223,20 @@ class Card:
     def _covers(self) -> str:
         return "these weights, every checkpoint of the run, its public metrics, and the choice among them"
 
+    def _holds(self) -> str | None:
+        """Until when; None where the run cannot go on, or nothing is promised."""
+        if self.why_no_guarantee is not None or self.secret_destroyed:
+            return None
+        return (
+            "while the run is not continued with further repeated or new steps; the ledger digest on this card says "
+            "which steps it covers"
+        )
+
     def _sampling(self) -> str:
         plan = self.plan
         text = f"Poisson, rate {plan.sampling_rate:.8g}"
         if self._size_is_public:
-            text += f" of {plan.num_examples} records"
+            text += f" of {plan.num_examples} {'users' if self._by_user else 'records'}"
         if plan.max_batch_size is not None:
             text += f", truncated: draws above {plan.max_batch_size} are cut to a uniform subset, and accounted so"
         return text
@@ -213,7 +245,8 @@ class Card:
         plan = self.plan
         if not plan.enabled:
             return "none"
-        bound = f"each record's gradient to norm {plan.clip_norm:g} ({plan.bound})"
+        whose = "each user's summed gradient" if self._by_user else "each record's gradient"
+        bound = f"{whose} to norm {plan.clip_norm:g} ({plan.bound})"
         return f"{bound}; noise multiplier {plan.noise_multiplier:.8g}"
 
     def _mechanism(self) -> dict[str, Any]:
@@ -232,15 +265,20 @@ class Card:
         }
 
     def _assumptions(self) -> list[str]:
+        one, poisson = "user" if self._by_user else "record", "(Poisson sampling)"
+        if self.plan.max_batch_size is not None:
+            poisson = "before draws above the largest batch were cut (truncated Poisson sampling)"
         found = [
-            "Each record entered each step independently with the stated probability (Poisson sampling).",
+            f"Each {one} entered each step independently with the stated probability {poisson}.",
             "epsilon is an upper bound for real numbers; floating-point numbers behave as those do.",
             "Nothing else computed from the training data was published: no training loss, batch size or step time.",
         ]
         if self.plan.neighboring_relation == "add_or_remove":
-            found.append(
-                "The sampling rate and the number of steps were not derived from the private number of records."
-            )
+            made = ", ".join(self.made_from_size)
+            text = f"Made from the private number of {one}s: {made}; the guarantee holds for this plan as given."
+            if "the sampling rate" in self.made_from_size:
+                text += f" Whoever knows the expected batch size can compute the number of {one}s from the rate."
+            found.append(text)
         if self.plan.max_batch_size is not None:
             found.append("Larger draws were cut to a uniform subset; the accountant's analysis is arXiv 2508.15089.")
         return found
