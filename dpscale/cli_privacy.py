@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from dpscale.errors import InputError, PrivacyError
+from dpscale.privacy.shown import shown_epsilon
 
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
@@ -61,7 +62,7 @@ def epsilon(
         num_examples=examples,
         max_batch_size=max_batch_size,
     )
-    typer.echo(f"epsilon {value:.4f} at delta {delta:g} ({accountant}, {relation})")
+    typer.echo(f"epsilon {shown_epsilon(value, 4)} at delta {delta:g} ({accountant}, {relation})")
 
 
 def noise(

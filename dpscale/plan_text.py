@@ -9,6 +9,7 @@ from dpscale.batching import BatchLayout, run_layout
 from dpscale.config import RunConfig
 from dpscale.errors import InputError
 from dpscale.privacy.plan import PrivacyPlan
+from dpscale.privacy.shown import shown_epsilon
 from dpscale.sampling import PoissonSampler
 
 CURVE_POINTS = 5
@@ -71,10 +72,10 @@ def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
     points = sorted({max(1, round(plan.steps * k / CURVE_POINTS)) for k in range(1, CURVE_POINTS + 1)})
     curve = zip(points, plan.epsilon_curve(points), strict=True)
     yield f"epsilon           at delta {plan.delta:g}, {plan.neighboring_relation}, {plan.accountant}"
-    yield from (f"  after step {step:<6} {epsilon:.3f}" for step, epsilon in curve)
+    yield from (f"  after step {step:<6} {shown_epsilon(epsilon)}" for step, epsilon in curve)
     if plan.replay_reserve:
         spent = plan.epsilon_after(plan.chargeable_steps)
-        yield f"replay reserve    {plan.replay_reserve} steps on top: {spent:.3f} if all were charged"
+        yield f"replay reserve    {plan.replay_reserve} steps on top: {shown_epsilon(spent)} if all were charged"
     yield from (f"warning           {warning}" for warning in plan.warnings)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpscale.config import load_config
+from dpscale.data.builtin import BUILTIN
 from dpscale.durable import write_atomically
 from dpscale.errors import DpscaleError, InputError
 from dpscale.metrics.plot import draw_run, latest
@@ -68,11 +69,13 @@ def run_page(run: Path) -> Page:
     plan, status = _json(run / "plan.json"), read_status(run) or {}
     records = read_records(run / "metrics" / "public.jsonl")
     config = load_config(run / "config.toml") if (run / "config.toml").exists() else None
+    seeded = config is not None and config.privacy.insecure_seed is not None
+    status |= {"guarantee": False} if seeded else {}
     name = config.run.name if config else run.name
     state = {"finished": "finished", "stopped": "stopped, to be continued"}.get(status.get("state", ""), "under way")
     page = Page(name, f"A training run of dpscale, {state}. Written {_now()}.")
     page.facts(_run_facts(plan, status, records))
-    if config is not None and config.privacy.insecure_seed is not None:
+    if seeded:
         page.note("A fixed seed was used in place of a secret: this run has NO privacy guarantee.")
     _run_curves(page, run, plan, records)
     page.section("Privacy")
@@ -169,7 +172,9 @@ def _run_facts(plan: dict[str, Any], status: dict[str, Any], records: Sequence[R
     accuracy = [record["validation_accuracy"] for record in records if record.get("validation_accuracy") is not None]
     if accuracy:
         facts["held-out accuracy"] = f"{100 * float(accuracy[-1] or 0):.1f} %"
-    if plan.get("enabled", True):
+    if not status.get("guarantee", True):
+        facts["privacy"] = "NONE (fixed seed)"
+    elif plan.get("enabled", True):
         epsilon = status.get("epsilon")
         facts["epsilon spent"] = "-" if epsilon is None else shown_epsilon(epsilon)
         facts["delta"] = f"{plan.get('delta') or 0:g}"
@@ -205,16 +210,18 @@ def _privacy(page: Page, plan: dict[str, Any], status: dict[str, Any]) -> None:
         page.note("This run had no privacy: nothing was clipped and no noise was added.")
         return
     spent, delta, unit = status.get("epsilon"), plan.get("delta") or 0.0, plan.get("unit", "example")
-    if spent is not None and status.get("state") == "finished":
+    if not status.get("guarantee", True):
+        page.text("A fixed seed stands in place of the secret: whoever knows it can take the noise away again.")
+    elif spent is not None and status.get("state") == "finished":
         page.text(
             f"The training is ({shown_epsilon(spent)}, {delta:g})-differentially private for one {unit}, by the ledger "
             "of every step that was charged."
         )
     elif spent is not None:
         page.text(
-            f"The run has not finished. If it ends at step {status.get('step')} as was decided in advance, it is "
-            f"({shown_epsilon(spent)}, {delta:g})-differentially private for one {unit}; if it ends there because of "
-            "what its results look like, the epsilon of its planned end counts."
+            f"The run has not finished. For what is charged now, it is ({shown_epsilon(spent)}, {delta:g})-"
+            f"differentially private for one {unit} if it was decided in advance that it ends here; if it ends here "
+            "because of what its results look like, the epsilon of its planned end counts."
         )
     relation, accountant = plan.get("neighboring_relation", ""), plan.get("accountant", "")
     page.pairs(
@@ -239,11 +246,17 @@ def _sizes(plan: dict[str, Any]) -> dict[str, object]:
     return {"records": plan.get("num_examples", "-"), "expected batch": f"{plan.get('expected_batch_size', 0):g}"}
 
 
+def _named(spec: str) -> str:
+    """A data set's own name: the page may be shared, and where private files lie may not."""
+    built_in = spec.startswith("made_up:") or spec.partition("/")[0] in BUILTIN
+    return spec if built_in else Path(spec).name
+
+
 def _what_ran(config: Any) -> dict[str, object]:
     options = ", ".join(f"{name} {value}" for name, value in config.model.options.items())
-    held_out = f"{config.data.validation} ({config.data.validation_is})" if config.data.validation else "none"
+    held_out = f"{_named(config.data.validation)} ({config.data.validation_is})" if config.data.validation else "none"
     return {
-        "training data": config.data.train or "given from Python",
+        "training data": _named(config.data.train) if config.data.train else "given from Python",
         "held-out data": held_out,
         "model": config.model.name + (f" ({options})" if options else ""),
         "optimizer": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}",

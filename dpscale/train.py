@@ -395,7 +395,7 @@ class _Run:
             self.lease.check()
             facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
             self.ledger.open_range(self.briefing.attempt, step, self.range_end, facts)
-            self.metrics.status("running", step, self._epsilon(step))
+            self.metrics.status("running", step, self._epsilon(self.range_end))
 
     def _requests(self) -> jax.Array:
         every_s = self.config.checkpoint.every_s
@@ -434,7 +434,7 @@ class _Run:
         self.lease.check()
         self.ledger.close(self.briefing.attempt, durable, max(durable, self.range_end))
         self.metrics.commit(durable)
-        self.metrics.status("running", durable, self._epsilon(durable))
+        self.metrics.status("running", durable, self._epsilon(max(durable, self.range_end)))
 
     def _settle(self, step: int) -> None:
         """Nothing more will run and `step` is durable: charge what ran, and let out what was recorded since the save.

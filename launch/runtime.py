@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from launch.attempt import Attempt
 
 if TYPE_CHECKING:
+    from dpscale.config import RunConfig
     from dpscale.stopping import StopRequests
     from dpscale.watchdog import Watchdog
 
@@ -99,7 +100,7 @@ def _train(arguments: TaskArguments, stops: StopRequests, watchdog: Watchdog) ->
     config = load_config(arguments.config, arguments.overrides)
     result = train(config, arguments.run_dir, new_attempt=arguments.new_attempt, stops=stops, watchdog=watchdog)
     if is_main():
-        for line in _summary(result, may_show_held_out=config.data.validation_is == "public"):
+        for line in _summary(result, config):
             print(line, flush=True)
     if result.state == "finished":
         return EXIT_DONE
@@ -187,15 +188,17 @@ def _end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _summary(result, *, may_show_held_out: bool) -> list[str]:
+def _summary(result, config: RunConfig) -> list[str]:
     """Lines for a terminal or a log, which others may read: held-out metrics only if they were declared public."""
+    from dpscale.privacy.shown import shown_epsilon
+
     lines = []
     if result.state == "stopped":
         lines.append(f"stopped at step {result.step} of {result.steps} ({result.stop_reason}); run again to go on")
     else:
         short = "" if result.step == result.steps else f" of {result.steps}: the allowed epsilon is spent"
         lines.append(f"finished {result.step} steps{short}")
-    if result.validation and not may_show_held_out:
+    if result.validation and config.data.validation_is != "public":
         lines.append("accuracy     not shown: the held-out examples are private (metrics.sensitive = true records it)")
     elif "accuracy" in result.validation:
         lines.append(f"accuracy     {100 * result.validation['accuracy']:.1f} % on held-out examples")
@@ -203,12 +206,14 @@ def _summary(result, *, may_show_held_out: bool) -> list[str]:
         lines.append(f"loss         {result.validation['loss']:.4f} on held-out examples")
     if result.epsilon is None:
         lines.append("privacy      none (privacy.enabled = false)")
+    elif config.privacy.insecure_seed is not None:
+        lines.append("privacy      NONE: a fixed seed stands in place of the secret (privacy.insecure_seed)")
     elif result.state == "finished":
-        lines.append(f"privacy      epsilon {result.epsilon:.3f} at delta {result.delta:g}")
+        lines.append(f"privacy      epsilon {shown_epsilon(result.epsilon)} at delta {result.delta:g}")
     else:
         lines.append(
-            f"privacy      epsilon {result.epsilon:.3f} at delta {result.delta:g} if the stop was decided in advance; "
-            f"{result.epsilon_planned:.3f} if it was chosen by looking at results"
+            f"privacy      epsilon {shown_epsilon(result.epsilon)} at delta {result.delta:g} if the stop was decided in "
+            f"advance; {shown_epsilon(result.epsilon_planned)} if it was chosen by looking at results"
         )
     lines.append(f"checkpoint   {result.checkpoint}")
     lines.append(f"metrics      {result.metrics}")

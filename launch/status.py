@@ -9,6 +9,7 @@ from typing import Any
 
 from dpscale.errors import InputError
 from dpscale.metrics.status import read_status
+from dpscale.privacy.shown import shown_epsilon
 from launch import slurm_commands
 from launch.submit import jobs_of
 
@@ -43,7 +44,10 @@ def status_lines(run_dir: Path) -> list[str]:
         if rate is not None:
             lines.append(f"examples/s     about {rate:.3g} (planned examples between the last two checkpoints)")
         if own.get("epsilon") is not None:
-            lines.append(f"privacy        epsilon {own['epsilon']:.3f} at delta {own['delta']:g}")
+            if own.get("guarantee", True):
+                lines.append(f"privacy        epsilon {shown_epsilon(own['epsilon'])} at delta {own['delta']:g}")
+            else:
+                lines.append("privacy        NONE: a fixed seed stands in place of the secret")
         lines.append(f"checkpoint     {_checkpoint(own)}")
         lines.append(f"written        {_age(own.get('updated_at'))}")
     ends = read_ends(run_dir)

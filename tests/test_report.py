@@ -185,6 +185,22 @@ def test_a_run_without_privacy_or_with_a_fixed_seed_says_so_first(tmp_path):
     assert "NO privacy guarantee" in seeded
 
 
+def test_a_fixed_seed_is_never_called_differentially_private(tmp_path):
+    text = write_report(make_run(tmp_path / "run", insecure_seed=1)).read_text()
+    assert "NONE (fixed seed)" in text
+    assert "differentially private for" not in text
+    assert "epsilon spent" not in text
+    assert "differentially private for" in write_report(make_run(tmp_path / "true")).read_text()
+
+
+def test_where_private_files_lie_is_not_on_the_page():
+    from dpscale.report import _named
+
+    assert _named("/home/somebody/ward/patients.npz") == "patients.npz"
+    assert _named("ward/patients.npz") == "patients.npz"
+    assert _named("mnist5k/train") == "mnist5k/train"
+
+
 def test_a_plot_that_is_newer_than_the_records_is_used_again(tmp_path):
     run = make_run(tmp_path / "run")
     drawn = plot_run(run, epsilon_allowed=3.0, path=run / "plot.svg")

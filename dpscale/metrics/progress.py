@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dpscale.privacy.shown import shown_epsilon
+
 if TYPE_CHECKING:
     import rich.console
     import rich.live
@@ -160,7 +162,7 @@ class ProgressBar:
     def _privacy(self) -> str:
         if not self._private:
             return "no privacy"
-        spent = "-" if self._epsilon is None else f"{self._epsilon:.2f}"
+        spent = "-" if self._epsilon is None else shown_epsilon(self._epsilon, 2)
         return f"epsilon {spent}" if self._epsilon_allowed is None else f"epsilon {spent} of {self._epsilon_allowed:g}"
 
     def _guarded(self, action: Callable[[], Any]) -> None:

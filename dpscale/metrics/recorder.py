@@ -32,6 +32,7 @@ class Recorder:
             self._public.on_commit(self._tensorboard)
         self._released_accuracy: float | None = None
         self._recorded_step = -1
+        self._guarantee = plan.enabled and config.privacy.insecure_seed is None
         self._attempt = 0
         self.durable_step: int | None = None
 
@@ -93,6 +94,7 @@ class Recorder:
                 steps=self._plan.steps,
                 epsilon=epsilon,
                 delta=self._plan.delta if self._plan.enabled else None,
+                guarantee=self._guarantee,
                 attempt=self._attempt,
                 checkpoint_step=self.durable_step,
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpscale.privacy.plan import PrivacyPlan
+from dpscale.privacy.shown import shown_epsilon as shown_epsilon
 
 SCHEMA = 1
 RELATIONS = {
@@ -33,11 +34,6 @@ ACCOUNTANTS = {
     "pld": "privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022), an upper bound",
     "rdp": "Renyi differential privacy (Mironov et al. 2019), an upper bound",
 }
-
-
-def shown_epsilon(value: float) -> str:
-    """epsilon with three decimals, never below its value."""
-    return f"{math.ceil(round(value * 1000, 6)) / 1000:.3f}" if math.isfinite(value) else "infinite"
 
 
 @dataclass(frozen=True, kw_only=True)
