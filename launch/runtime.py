@@ -212,8 +212,8 @@ def _summary(result, config: RunConfig) -> list[str]:
         lines.append(f"privacy      epsilon {shown_epsilon(result.epsilon)} at delta {result.delta:g}")
     else:
         lines.append(
-            f"privacy      epsilon {shown_epsilon(result.epsilon)} at delta {result.delta:g} if the stop was decided in "
-            f"advance; {shown_epsilon(result.epsilon_planned)} if it was chosen by looking at results"
+            f"privacy      epsilon {shown_epsilon(result.epsilon)} at delta {result.delta:g} if the stop was decided "
+            f"in advance; {shown_epsilon(result.epsilon_planned)} if it was chosen by looking at results"
         )
     lines.append(f"checkpoint   {result.checkpoint}")
     lines.append(f"metrics      {result.metrics}")

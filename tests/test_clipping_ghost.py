@@ -148,3 +148,45 @@ def test_small_leaves_of_different_groups_are_not_bundled():
     for places in split.bundles(parts, problem):
         assert len({problem.groups[j] for j in places}) == 1
     assert sorted(j for places in split.bundles(parts, problem) for j in places) == list(range(len(PARAMS)))
+
+
+@jax.custom_vjp
+def clipped_backwards(x):
+    return x
+
+
+clipped_backwards.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+
+@pytest.mark.parametrize("method", ["auto", "ghost", "bookkeeping"])
+def test_a_backward_pass_that_is_not_linear_stays_within_its_bound_in_a_scan(method):
+    """Scaled by a factor, such a pass would not scale what it returns."""
+
+    def loss(w, example):
+        x, scale = example
+        step = jax.checkpoint(lambda h, t: (jnp.tanh(h @ w + t), None))
+        h, _ = lax.scan(step, x[0], x)
+        return scale * jnp.sum(clipped_backwards(h) * jnp.cos(h))
+
+    w, x = normal(1, 6, 6), normal(2, 4, 5, 6)
+    clipped = jax.jit(clipped_grad(loss, 1.0, method))
+    for row, scale in enumerate([5.0, 50.0, 500.0, 1e4]):
+        one = (x[row : row + 1], jnp.full(1, scale))
+        alone = np.asarray(clipped(w, one, jnp.ones(1, bool)).grad_sum, np.float64)
+        assert np.linalg.norm(alone) <= 1 + ROUNDING_SLACK
+
+
+def test_roundings_of_a_long_mean_in_a_tail_are_in_the_norm():
+    """A weight minus its mean over 90,000 entries: the mean of c x rounds unlike c times the mean of x."""
+
+    def loss(w, example):
+        a, g = example
+        return jnp.sum((a @ (w - jnp.mean(w))) * g)
+
+    clipped = jax.jit(clipped_grad(loss, 1.0, "ghost"))
+    w = jnp.zeros((300, 300), jnp.float32)
+    for seed in range(3):
+        a = jnp.full((1, 1, 300), 2.0**11 + seed, jnp.float32)
+        g = jnp.full((1, 1, 300), 2.0**11 + 1, jnp.float32)
+        alone = np.asarray(clipped(w, (a, g), jnp.ones(1, bool)).grad_sum, np.float64)
+        assert np.linalg.norm(alone) <= 1 + ROUNDING_SLACK

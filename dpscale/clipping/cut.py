@@ -274,3 +274,11 @@ def absolute(tail: Program, leaves: Sequence[Any], terms: Sequence[Any]) -> Any:
         moving.add(equation.outputs[0])
     (end,) = tail.outputs
     return env[end] if isinstance(end, Name) else end.value
+
+
+def roundings(tail: Program) -> int:
+    """How many roundings in a row a value may meet in a tail: as many as terms in a sum, one in anything else."""
+    return sum(
+        prod(equation.inputs[0].shape[i] for i in equation.params["axes"]) if equation.operation == "reduce_sum" else 1
+        for equation in tail.equations
+    )

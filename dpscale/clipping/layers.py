@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.convolution import Convolution
-from dpscale.clipping.cut import Cut, Product, absolute
+from dpscale.clipping.cut import Cut, Product, absolute, roundings
 from dpscale.clipping.dense import Dense, leaf_layout
 from dpscale.clipping.embedding import Embedding
 from dpscale.clipping.example import sum_dtype
@@ -30,6 +30,7 @@ from dpscale.clipping.norms import (
     from_tables,
     kappa,
     over_parts,
+    roundoff,
     square_sum,
     uses_tf32,
 )
@@ -180,6 +181,8 @@ def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax
     square = over_parts(square_sum(each, each.ndim - axis - 1))
     if not refold:
         return Squares(square, square), each
+    if layer.tail is not None:
+        error += roundings(layer.tail) * roundoff(square.dtype)
     spread = _tail_spread(layer, pairs) if layer.tail is not None else _spread(layer, pairs)
     return Squares(square, jnp.square(jnp.sqrt(square) + 2 * error * spread)), each
 
@@ -247,7 +250,8 @@ def sum_written_out(layer: Layer, each: jax.Array, factor: jax.Array, good: jax.
     shape = [-1 if i == axis else 1 for i in range(each.ndim)]
     wide = each.astype(sum_dtype(each.dtype))
     kept = jnp.where(good.reshape(shape), wide, 0)
-    total = jnp.tensordot(jnp.where(good, factor, 0).astype(wide.dtype), kept, ((0,), (axis,)))
+    factor = jnp.where(good, factor, 0).astype(wide.dtype)
+    total = jnp.tensordot(factor, kept, ((0,), (axis,)), precision="highest")  # no route's norm allows for TF32 here
     return layer.rules[0].finish(total) if layer.rules and _is_plain(layer) else total
 
 

@@ -24,7 +24,19 @@ import numpy as np
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
-from dpscale.clipping.jaxpr import Constant, Equation, Name, Operand, Program, expose, moving_names, run, trace, walk
+from dpscale.clipping.jaxpr import (
+    Constant,
+    Equation,
+    Name,
+    Operand,
+    Program,
+    expose,
+    has_own_backward_pass,
+    moving_names,
+    run,
+    trace,
+    walk,
+)
 from dpscale.clipping.layers import (
     Layer,
     choose_routes,
@@ -42,7 +54,8 @@ from dpscale.clipping.norms import Squares, over_parts, square_sum, uses_tf32
 class Split:
     """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used.
 
-    `inside[j]` names the squared norms (estimate, upper bound) that the body of layer j's scan computes by itself.
+    `own_backward`: the loss uses jax.custom_vjp. `inside[j]` names the squared norms (estimate, upper bound) that
+    the body of layer j's scan computes by itself.
     """
 
     program: Program
@@ -51,17 +64,20 @@ class Split:
     num_aux: int
     aux_tree: Any
     inside: dict[int, tuple[Name, Name]] = field(default_factory=dict)
+    own_backward: bool = False
 
     @property
     def second_pass_is_a_gradient(self) -> bool:
         """Whether ghost mode's second pass is an ordinary one; where that would round sums to less than float32, not.
 
-        Products that a GPU rounds to TF32 count as such: set jax_default_matmul_precision to "float32" to have it.
+        Products that a GPU rounds to TF32 count as such: set jax_default_matmul_precision to "float32" to have it. A
+        custom backward pass may not be linear (a gradient clipped inside the model): what it makes of factor_i times a
+        cotangent need not be factor_i times what the norm is of.
         """
         kinds = {x.dtype for equation in walk(self.program) for x in equation.outputs}
         coarse = uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
         scans = any(rule.product.frames for layer in self.layers for rule in layer.rules)
-        return self.method == "ghost" and scans and not coarse
+        return self.method == "ghost" and scans and not coarse and not self.own_backward
 
 
 def split_backward(problem: Problem, method: str) -> Split:
@@ -70,6 +86,7 @@ def split_backward(problem: Problem, method: str) -> Split:
     "auto" is book-keeping, unless jax.checkpoint asks for the memory that it would take: then it is ghost.
     """
     traced: list[Any] = []
+    own_backward: list[bool] = []
 
     def example(row):
         def fun(leaves, row):
@@ -77,6 +94,7 @@ def split_backward(problem: Problem, method: str) -> Split:
             return loss, aux, grads
 
         traced.append(trace(fun, problem.leaves, row))
+        own_backward.append(method != "bookkeeping" and has_own_backward_pass(problem.loss, problem.leaves, row))
         traced.append(jax.eval_shape(fun, problem.leaves, row)[1])
         return jnp.zeros(())
 
@@ -94,7 +112,8 @@ def split_backward(problem: Problem, method: str) -> Split:
         layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
     layers = choose_routes(layers, refold=method == "ghost")
     inside = {j: names for j, x in enumerate(layers) if method == "ghost" and (names := _norms_inside_scan(x))}
-    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside)
+    tree = jax.tree.structure(aux)
+    return Split(program, method, layers, len(jax.tree.leaves(aux)), tree, inside, own_backward[0])
 
 
 def _norms_inside_scan(layer: Layer) -> tuple[Name, Name] | None:
@@ -268,8 +287,8 @@ def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
 def ghost(problem: Problem, parts: Split) -> ClippedSum:
     """Two backward passes, norms first; nothing is kept between them but the factors.
 
-    The second one makes every row's operands again and sums those: the same numbers that the norms are of, whatever
-    the backward pass rounds on its way to them. A row that does not count is replaced by a good one: its own values
+    The second one makes every row's operands again, from the same cotangents, and sums those. A row that does not
+    count is replaced by a good one: its own values
     could be NaN, and NaN * 0 is NaN. Scans would have to stack the operands of all their rounds; there the second pass
     is the gradient of sum_i factor_i * loss_i.
     """
