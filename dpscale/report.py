@@ -17,7 +17,8 @@ from dpscale.metrics.plot import draw_run, latest
 from dpscale.metrics.records import Record, read_records
 from dpscale.metrics.status import read_status
 from dpscale.page import Page, inline_svg
-from dpscale.privacy.card import ACCOUNTANTS, RELATIONS, shown_epsilon
+from dpscale.privacy.card import ACCOUNTANTS, RELATIONS
+from dpscale.privacy.shown import shown_epsilon
 from dpscale.scaling.curves import Curves, curves, law_text, overhead_text
 from dpscale.scaling.environment import machine
 from dpscale.scaling.fits import Interval

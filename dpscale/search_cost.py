@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from dpscale.errors import DpscaleError, InputError
 from dpscale.privacy.accounting import Accountant
-from dpscale.privacy.card import shown_epsilon
 from dpscale.privacy.composition import composed_epsilon
+from dpscale.privacy.shown import shown_epsilon
 from dpscale.run_record import RunRecord, read_run
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpscale.errors import InputError
-from dpscale.privacy.card import shown_epsilon
+from dpscale.privacy.shown import shown_epsilon
 from dpscale.run_record import RunRecord
 
 OTHER_DELTAS = (1e-5, 1e-6, 1e-7, 1e-8)

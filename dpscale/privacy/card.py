@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpscale.privacy.plan import PrivacyPlan
-from dpscale.privacy.shown import shown_epsilon as shown_epsilon
+from dpscale.privacy.shown import shown_epsilon
 
 SCHEMA = 1
 RELATIONS = {
