@@ -144,7 +144,7 @@ def test_a_mistake_gets_one_message_and_exit_code_2(arguments, part, config, tmp
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("model.name=resnet", "model.name='resnet' is unknown"),
+        ("model.name=resnot", "model.name='resnot' is unknown"),
         ("model.width=[3]", "did you mean widths"),
         ("data.num_classes=3", "data.num_classes=3"),
     ],
