@@ -46,11 +46,12 @@ bench: $(STAMP)  ## the measurements that README and docs quote (on an otherwise
 	$(BIN)/python benchmarks/loading.py
 	benchmarks/scaling.sh
 
-bench-peers:  ## Opacus: its accountants' figures, and the same architectures, in an environment of its own
+bench-peers: $(STAMP)  ## Opacus and JAX Privacy: epsilon, speed and accuracy; Opacus in an environment of its own
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 opacus
 	$(PEERS)/bin/python benchmarks/peers/accounting_opacus.py
-	$(PEERS)/bin/python benchmarks/peers/clipping_opacus.py
+	PYTHONPATH=. $(PEERS)/bin/python benchmarks/peers/clipping_opacus.py
+	$(BIN)/python benchmarks/utility.py --opacus-python $(PEERS)/bin/python
 
 local-cluster: $(STAMP)  ## a throw-away SLURM on this machine (apt-get install slurm-wlm munge)
 	$(BIN)/python slurm/local-cluster/cluster.py start $(CLUSTER)

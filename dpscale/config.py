@@ -1,6 +1,5 @@
 """RunConfig: one TOML file, read into frozen pydantic models, with `section.key=value` overrides. Imports no jax."""
 
-import difflib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dpscale.errors import InputError
+from dpscale.errors import InputError, did_you_mean
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -466,8 +465,7 @@ def describe_keys() -> str:
 
 def nearest(name: str, valid: Sequence[str]) -> str:
     """'did you mean ..' when something is close, else the valid names."""
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(sorted(valid))}"
+    return did_you_mean(name, valid).rstrip() or f"valid: {', '.join(sorted(valid))}"
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -1,5 +1,14 @@
 """The errors that dpscale raises on purpose. Each message says what was seen, the rule, and the remedy."""
 
+import difflib
+from collections.abc import Sequence
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """'did you mean .. or ..? ' with up to three of `known` that are close to `word`, for a message; '' if none is."""
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
 
 class DpscaleError(Exception):
     """Base of every error that dpscale raises on purpose; the command line prints it without a traceback."""

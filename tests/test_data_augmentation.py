@@ -78,7 +78,8 @@ def mean_of_views(views):
     grads = jax.jit(jax.vmap(of_example, (None, 0, 0)))(made.params, examples_and_keys[0], keys)
     total = 0.0
     for row in range(6):
-        mean = np.mean([flat(jax.tree.map(lambda x: x[row, view], grads)) for view in range(views)], 0)  # noqa: B023
+        of_row = [leaf[row].reshape(views, -1) for leaf in jax.tree.leaves(grads)]
+        mean = np.concatenate(of_row, axis=1).mean(axis=0)
         total = total + mean * min(1.0, CLIP / np.linalg.norm(mean))
     return total
 

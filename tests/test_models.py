@@ -1,6 +1,8 @@
 """Laws of the models: no operation reaches across examples, any flax module becomes (params, apply)."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from dpscale.losses import classification_loss, language_model_loss
 from dpscale.models import as_functional, build_model, model_names, registry
 from dpscale.models.activations import activation
 from dpscale.models.functional import seed_key
+from dpscale.models.scattering import scattering, scattering_features
 
 model_names()  # registers the models of every file
 SHAPE = (14, 14, 1)
@@ -26,6 +29,7 @@ SMALL = {
     "vit": {"width": 8, "depth": 1, "heads": 2, "patch_size": 7, "dropout": 0.2, "class_token": True},
     "resnet": {"stages": [1, 1], "channels": 4, "groups": 2, "version": 2, "weight_standardization": True},
     "wrn": {"depth": 10, "width": 1, "groups": 4},
+    "scattering": {"angles": 2, "groups": 3},
     "bert": {"width": 8, "depth": 1, "heads": 2, "mlp_width": 16, "vocabulary": 20, "context": 9, "dropout": 0.2},
     "gpt": {"width": 8, "depth": 1, "heads": 2, "context": 9, "dropout": 0.2},
 }
@@ -115,6 +119,8 @@ def test_every_registered_model_is_tested_here():
         ("mlp", {"widths": []}, (28, 28, 1), 7850),
         # three convolutions with bias, scale and bias of each GroupNorm, dense
         ("cnn_groupnorm", {}, (28, 28, 1), 320 + 64 + 18_496 + 128 + 73_856 + 256 + 1290),
+        # 81 channels of 7 x 7
+        ("scattering", {}, (28, 28, 1), (81 * 49 + 1) * 10),
         # patches, positions, blocks of (two norms, attention, two dense), norm, head
         (
             "vit",
@@ -345,9 +351,9 @@ def test_batch_norm_is_refused_with_a_message_that_names_group_norm(module):
     [
         ("cn", 10, {}, "did you mean cnn"),
         ("alexnet", 10, {}, "the models are bert, bert_base, bit_resnet50, cnn, cnn_groupnorm, "),
-        ("vit_b16", 10, {"deph": 3}, "not an option of vit_b16 .did you mean depth"),
+        ("vit_b16", 10, {"deph": 3}, "not an option of vit_b16: did you mean depth"),
         ("bert_base", None, {}, "set data.num_classes"),
-        ("vit", 10, {"deph": 3}, "model.deph is not an option of vit .did you mean depth"),
+        ("vit", 10, {"deph": 3}, "model.deph is not an option of vit: did you mean depth"),
         ("vit", 10, {"depth": "three"}, "must be of type int"),
         ("vit", 10, {"depth": True}, "must be of type int"),
         ("vit", 10, {"depth": 0}, "at least 1"),
@@ -410,3 +416,27 @@ def test_what_is_no_flax_module_is_refused():
         as_functional(3, EXAMPLE)
     with pytest.raises(InputError, match="not a flax module"):
         as_functional(lambda rngs: "model", EXAMPLE)
+
+
+def test_scattering_coefficients_are_kymatios():
+    golden = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())["scattering"]
+    side, expected = golden["side"], np.moveaxis(np.array(golden["coefficients"]), 0, -1)
+    index = np.arange(side * side, dtype=np.int64)  # as benchmarks/peers/models_kymatio.py makes it
+    image = (((index * 7919 + 1000 * 104_729 + index // 13) % 1009 - 504) / 1680.0).reshape(side, side)
+    found = jax.jit(lambda x: scattering(x, golden["scales"], golden["angles"]))(image.astype(np.float32))
+    assert found.shape == expected.shape == (2, 2, 19)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_starts_at_zero_gives_equal_logits():
+    functional = as_functional(build_model("mlp", 10, widths=[8], zero_head=True), EXAMPLE)
+    assert not np.any(functional.apply(functional.params, images(1)[0], None))
+    assert np.any(functional.params["Dense_0"]["kernel"])
+
+
+def test_scattering_features_are_as_long_for_a_faint_image_as_for_a_bright_one():
+    image = jnp.asarray(images(1)[0])
+    for x in (image, 0.5 * image, 0.4 + 0.5 * image):
+        features = scattering_features(x, 2, 2, 3)
+        assert features.shape == (9 * 3 * 3,)
+        assert float(jnp.linalg.norm(features)) == pytest.approx(np.sqrt(features.size), rel=3e-2)

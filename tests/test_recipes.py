@@ -34,6 +34,7 @@ RECIPES = {
     "wrn40_4_cifar10": (CIFAR, SMALL_PIXELS, 8_961_306, 2000, 9.4),
     "gpt_small": (WINDOWS, (1024,), 124_439_808, 10_000, None),
     "mnist_cnn": (MNIST5K, (28, 28, 1), 26_010, 150, None),
+    "mnist_scattering": (MNIST5K, (1953,), 19_540, 30, None),
     "quickstart": (MNIST5K, (28, 28, 1), 26_010, 150, None),
 }
 
@@ -59,7 +60,8 @@ def parameters_of(name):
     options = config.model.options
     model = build_model(config.model.name, config.data.num_classes, compute_dtype="float32", **options)
     shape = RECIPES[name][1]
-    example = jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.float32)
+    tokens = len(shape) == 1 and config.model.name != "mlp"
+    example = jax.ShapeDtypeStruct(shape, jnp.int32 if tokens else jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), example)["params"]
 
 

@@ -61,7 +61,7 @@ def test_words_and_patterns_choose_leaves_by_name(chosen, expected):
 @pytest.mark.parametrize(
     ("chosen", "pattern"),
     [
-        (["heads/*"], "matches no parameter .did you mean head/"),
+        (["heads/*"], "matches no parameter: did you mean head/"),
         (["all", "!*"], "leaves no parameter"),
         (["last:3"], "has 2 blocks"),
         (["last:x"], "takes a number of blocks"),

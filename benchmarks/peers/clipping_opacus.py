@@ -1,8 +1,8 @@
 """Opacus' clipping on the architectures of benchmarks/clipping_models.py, in PyTorch, next to its own plain SGD.
 
-    .venv-peers/bin/python benchmarks/peers/clipping_opacus.py [MODEL ...] [--repeats 7]
+    PYTHONPATH=. .venv-peers/bin/python benchmarks/peers/clipping_opacus.py [MODEL ...] [--repeats 7]
 
-Runs in an environment of its own (torch, opacus; no jax). "hooks" is GradSampleModule with per-sample gradients that
+Runs in an environment of its own (torch, opacus; no jax, and of dpscale only what describes the machine). "hooks" is GradSampleModule with per-sample gradients that
 are then clipped and summed; "ghost" is GradSampleModuleFastGradientClipping with its two backward passes. Times are
 medians of steps taken in turn, without the optimizer. Writes benchmarks/results/clipping-opacus-MODEL.json. A model
 that Opacus refuses is recorded with its message.

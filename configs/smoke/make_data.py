@@ -2,7 +2,7 @@
 
 Their content is random: nothing can be learnt from it. Under DIRECTORY (default smoke-data, where the override files of
 this folder look): both CIFAR archives, an image folder laid out as ImageNet, SST-2's two files with a tokenizer.json,
-and token files. About 1 MB.
+token files, and arrays of features. About 1 MB.
 """
 
 import io
@@ -30,6 +30,8 @@ def write_all(root: Path) -> None:
         write_sst2(root / "SST-2" / f"{split}.tsv", count)
     for split, windows in (("train", 60), ("val", 12)):
         write_tokens(root / "tokens" / f"{split}.bin", 17 * windows)
+    for split, count in (("train", 60), ("validation", 12)):
+        write_features(root / "features" / f"{split}.npz", count)
 
 
 def write_cifar10(path: Path) -> None:
@@ -86,6 +88,13 @@ def write_tokens(path: Path, count: int) -> None:
     """Token ids, uint16, little-endian, without a header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     RNG.integers(0, TOKENS, count).astype("<u2").tofile(path)
+
+
+def write_features(path: Path, count: int) -> None:
+    """Vectors of the length that configs/scattering_features.py writes, and labels of ten classes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = RNG.normal(size=(count, 1953)).astype(np.float32)
+    np.savez(path, features=features, labels=RNG.integers(0, 10, count))
 
 
 def _planes(count: int) -> np.ndarray:

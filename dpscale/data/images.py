@@ -50,6 +50,8 @@ class ImageDecoder:
                 whole = image.convert("RGB")
         except CorruptExample:
             raise
+        except self._image.UnidentifiedImageError as error:  # its text is the address of a buffer
+            raise CorruptExample("no whole image: of no format that Pillow reads") from error
         # Pillow's decoders raise nearly anything on bad bytes: OSError, SyntaxError, ValueError, struct.error, ..
         except Exception as error:
             raise CorruptExample(f"no whole image: {error or type(error).__name__}") from error

@@ -1,6 +1,5 @@
 """From what a user wrote (a name, a path, a pair of arrays) to an ExampleSource."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from dpscale.data.parquet import open_tables
 from dpscale.data.source import FEATURES, LABEL, ExampleSource
 from dpscale.data.tokens import TokenFileSource
 from dpscale.data.tsv import TsvSource
-from dpscale.errors import InputError
+from dpscale.errors import InputError, did_you_mean
 
 OPENERS: dict[str, Callable[[Path, SourceOptions], ExampleSource]] = {
     "array_record": ArrayRecordSource,
@@ -203,10 +202,8 @@ def _unknown(spec: str, path: Path) -> str:
             ".npy files, of class folders, or of a conversion, or A.npy,B.npy; or say what it is with data.format"
         )
     names = [f"{name}/{split}" for name in BUILTIN for split in SPLITS]
-    near = difflib.get_close_matches(spec, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
     return (
-        f"{spec!r} is neither a file or folder here nor a built-in data set: {hint}Built in are "
+        f"{spec!r} is neither a file or folder here nor a built-in data set: {did_you_mean(spec, names)}built in are "
         f"{', '.join(names)}; "
         f"random rows are {FORMS}"
     )

@@ -1,18 +1,16 @@
 """BERT with a classification head."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dpscale.errors import InputError
 from dpscale.models.registry import register, register_preset, require_tokens
-from dpscale.models.transformer import KERNEL, apply_blocks
+from dpscale.models.transformer import KERNEL, Transformer
 
 
 @register("bert")
-class Bert(nn.Module):
+class Bert(Transformer):
     """Bidirectional encoder: int32[.., T] token ids -> float32[.., num_classes], from the first token's pooled state.
 
     With `inputs = "ids"` positions that hold `pad_token` are masked and every token has type 0. With
@@ -21,22 +19,13 @@ class Bert(nn.Module):
     Source: Devlin et al. 2019 (arXiv 1810.04805). Dropout is off by default: with privacy it costs more than it gives.
     """
 
-    num_classes: int
     vocabulary: int = 30522
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
     mlp_width: int = 3072
     context: int = 512
     token_types: int = 2
     inputs: str = "ids"
     pad_token: int = 0
-    activation: str = "gelu"
     norm_epsilon: float = 1e-12
-    dropout: float = 0.0
-    scan: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
@@ -52,24 +41,10 @@ class Bert(nn.Module):
         x = x + positions[:length].astype(x.dtype)
         x = x + nn.Embed(self.token_types, self.width, dtype=self.dtype, embedding_init=KERNEL, name="types")(types)
         x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="norm_embedding")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = apply_blocks(
-            x,
-            real[..., None, None, :],
-            depth=self.depth,
-            scan=self.scan,
-            remat=self.remat,
-            heads=self.heads,
-            mlp_width=self.mlp_width,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            norm_after=True,
-            dropout=self.dropout,
-            train=train,
-            dtype=self.dtype,
-        )
+        x = self.dropped(x, train)
+        x = self.through_blocks(x, real[..., None, None, :], mlp_width=self.mlp_width, train=train, norm_after=True)
         x = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, kernel_init=KERNEL, name="pooler")(x[..., 0, :]))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = self.dropped(x, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=KERNEL, name="head")(x).astype(jnp.float32)
 
     def _split(self, features: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,18 +1,16 @@
 """A decoder in the style of GPT-2: the output layer is the embedding."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dpscale.errors import InputError
 from dpscale.models.registry import register, register_preset, require_tokens
-from dpscale.models.transformer import KERNEL, apply_blocks
+from dpscale.models.transformer import KERNEL, Transformer
 
 
 @register("gpt")
-class Gpt(nn.Module):
+class Gpt(Transformer):
     """Causal language model: int32[.., T] token ids -> float32[.., T, vocabulary], the next token's logits.
 
     Source: Radford et al. 2019 (GPT-2): pre-norm blocks, learned positions, tanh-approximated GELU, tied embeddings.
@@ -21,7 +19,6 @@ class Gpt(nn.Module):
 
     language_model = True
 
-    num_classes: int
     vocabulary: int = 0
     width: int = 256
     depth: int = 4
@@ -30,10 +27,6 @@ class Gpt(nn.Module):
     context: int = 1024
     activation: str = "gelu_tanh"
     norm_epsilon: float = 1e-5
-    dropout: float = 0.0
-    scan: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
@@ -44,21 +37,9 @@ class Gpt(nn.Module):
         embedding = nn.Embed(self._vocabulary(), self.width, dtype=self.dtype, embedding_init=KERNEL, name="embedding")
         positions = self.param("positions", KERNEL, (self.context, self.width))
         x = embedding(features) + positions[:length].astype(self.dtype)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = apply_blocks(
-            x,
-            jnp.tril(jnp.ones((length, length), bool)),
-            depth=self.depth,
-            scan=self.scan,
-            remat=self.remat,
-            heads=self.heads,
-            mlp_width=self.mlp_ratio * self.width,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            norm_after=False,
-            dropout=self.dropout,
-            train=train,
-            dtype=self.dtype,
+        x = self.dropped(x, train)
+        x = self.through_blocks(
+            x, jnp.tril(jnp.ones((length, length), bool)), mlp_width=self.mlp_ratio * self.width, train=train
         )
         x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="norm")(x)
         return embedding.attend(x).astype(jnp.float32)

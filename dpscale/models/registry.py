@@ -1,7 +1,6 @@
 """Model names and their options: what `model.name` and the other keys of `[model]` in a config may be."""
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpscale.errors import InputError
+from dpscale.errors import InputError, did_you_mean
 
 _REGISTRY: dict[str, type[nn.Module]] = {}
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {}  # name -> the model's name and the options that it sets
@@ -54,7 +53,9 @@ def build_model(name: str, num_classes: int | None, *, compute_dtype: str = "flo
     """
     names = model_names()
     if name not in names:
-        raise InputError(f"model.name={name!r} is unknown{_nearest(name, names)}; the models are {', '.join(names)}")
+        raise InputError(
+            f"model.name={name!r} is unknown: {did_you_mean(name, names)}the models are {', '.join(names)}"
+        )
     known_as = name
     name, preset = _PRESETS.get(name, (name, {}))
     module = _REGISTRY[name]
@@ -69,9 +70,9 @@ def build_model(name: str, num_classes: int | None, *, compute_dtype: str = "flo
     defaults = {f.name: f.default for f in dataclasses.fields(module) if f.name not in _NOT_OPTIONS} | preset
     unknown = [option for option in options if option not in defaults]
     if unknown:
-        near = _nearest(unknown[0], list(defaults))
+        near = did_you_mean(unknown[0], list(defaults))
         known = ", ".join(f"{key} ({value!r})" for key, value in defaults.items()) or "none"
-        raise InputError(f"model.{unknown[0]} is not an option of {known_as}{near}; its options (defaults) are {known}")
+        raise InputError(f"model.{unknown[0]} is not an option of {known_as}: {near}its options (defaults) are {known}")
     checked = {key: _checked(f"model.{key}", value, defaults[key]) for key, value in (preset | options).items()}
     return module(num_classes=num_classes, dtype=jnp.dtype(compute_dtype), **checked)  # pyright: ignore[reportCallIssue]
 
@@ -95,11 +96,6 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, float) and not 0 <= value < 1:
         raise InputError(f"{name}={value} must be at least 0 and below 1")
     return value
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def require_image(features: Any, model: str) -> None:

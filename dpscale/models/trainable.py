@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpscale.errors import InputError
+from dpscale.errors import InputError, did_you_mean
 from dpscale.models.functional import Apply, seed_key
 from dpscale.models.leaves import as_tree, named
 
@@ -67,8 +66,8 @@ def add_lora(params: Any, rank: int, targets: Sequence[str], seed: int) -> dict[
         found = {layer: leaf for layer, leaf in layers.items() if fnmatchcase(layer, target)}
         if not found:
             raise InputError(
-                f"model.lora_targets={target!r} matches no dense layer{_near(target, list(layers))}: the layers are "
-                f"{', '.join(_summary(layers))}"
+                f"model.lora_targets={target!r} matches no dense layer: {did_you_mean(target, list(layers))}"
+                f"the layers are {', '.join(_summary(layers))}"
             )
         chosen |= found
     for number, (layer, kernel) in enumerate(sorted(chosen.items())):
@@ -153,8 +152,8 @@ def _matching(word: str, names: list[str]) -> set[str]:
         found = {name for name in names if fnmatchcase(name, word)}
     if not found:
         raise InputError(
-            f"model.trainable={word!r} matches no parameter{_near(word, names)}: choose {_FORMS}; the parameters lie "
-            f"in {', '.join(_summary(names))}"
+            f"model.trainable={word!r} matches no parameter: {did_you_mean(word, names)}choose {_FORMS}; "
+            f"the parameters lie in {', '.join(_summary(names))}"
         )
     return found
 
@@ -174,8 +173,3 @@ def _summary(names: Any) -> list[str]:
     """The first parts of the names, few enough to print."""
     first = sorted({name.split("/")[0] for name in names})
     return first if len(first) <= 12 else [*first[:11], ".."]
-
-
-def _near(word: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""

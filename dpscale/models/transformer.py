@@ -1,4 +1,4 @@
-"""Transformer layers that ViT, BERT and GPT-2 share: self-attention, a block, a stack of blocks."""
+"""What ViT, BERT and GPT-2 share: self-attention, a block, a stack of blocks and the options of it."""
 
 from typing import Any
 
@@ -76,26 +76,57 @@ class Block(nn.Module):
         return nn.Dropout(self.dropout, deterministic=not self.train)(x)
 
 
-def apply_blocks(
-    x: jax.Array, mask: jax.Array | None, *, depth: int, scan: bool, remat: bool, **options: Any
-) -> jax.Array:
-    """Run `depth` blocks; call it inside a compact method. `options` are the fields of `Block`.
+class Transformer(nn.Module):
+    """The fields that ViT, BERT and GPT-2 share, and their stack of blocks. A model gives its own defaults.
 
-    The parameters are `blocks_0` .. `blocks_{depth-1}`, or with `scan` one `blocks` whose leaves have a leading axis of
-    `depth` (one block is compiled, not `depth`). `remat` keeps only the blocks' inputs for the backward pass.
+    `scan` compiles one block instead of `depth`; `remat` keeps only the blocks' inputs for the backward pass.
     """
-    if x.shape[-1] % options["heads"]:
-        raise InputError(f"model.width={x.shape[-1]} must be a multiple of model.heads={options['heads']}")
-    block = nn.remat(Block, prevent_cse=not scan) if remat else Block
-    if scan:
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-            length=depth,
-        )
-        return stack(**options, name="blocks")(x, mask)[0]
-    for index in range(depth):
-        x, _ = block(**options, name=f"blocks_{index}")(x, mask)
-    return x
+
+    num_classes: int
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    scan: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def through_blocks(
+        self, x: jax.Array, mask: jax.Array | None, *, mlp_width: int, train: bool, norm_after: bool = False
+    ) -> jax.Array:
+        """float[.., T, D] through all blocks; call it inside a compact method. `mask` as in `SelfAttention`.
+
+        The parameters are `blocks_0` .. `blocks_{depth-1}`, or with `scan` one `blocks` whose leaves have a leading
+        axis of `depth`.
+        """
+        if self.width % self.heads:
+            raise InputError(f"model.width={self.width} must be a multiple of model.heads={self.heads}")
+        options = {
+            "heads": self.heads,
+            "mlp_width": mlp_width,
+            "activation": self.activation,
+            "norm_epsilon": self.norm_epsilon,
+            "norm_after": norm_after,
+            "dropout": self.dropout,
+            "train": train,
+            "dtype": self.dtype,
+        }
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        if self.scan:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+                length=self.depth,
+            )
+            return stack(**options, name="blocks")(x, mask)[0]
+        for index in range(self.depth):
+            x, _ = block(**options, name=f"blocks_{index}")(x, mask)
+        return x
+
+    def dropped(self, x: jax.Array, train: bool) -> jax.Array:
+        """`x` with dropout; call it inside a compact method."""
+        return nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -1,37 +1,28 @@
 """Vision transformers."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dpscale.errors import InputError
 from dpscale.models.registry import register, register_preset, require_image
-from dpscale.models.transformer import KERNEL, apply_blocks
+from dpscale.models.transformer import KERNEL, Transformer
 
 
 @register("vit")
-class ViT(nn.Module):
+class ViT(Transformer):
     """Patches, learned positions, pre-norm transformer blocks, norm, dense head. [.., H, W, C] -> float32[.., classes].
 
     With `class_token` the published architecture (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; the
     presets); without, the mean over patches takes the token's place, which is better for small images.
     """
 
-    num_classes: int
     width: int = 192
     depth: int = 6
     heads: int = 3
     patch_size: int = 4
     mlp_ratio: int = 4
     class_token: bool = False
-    activation: str = "gelu"
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    scan: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
@@ -42,22 +33,8 @@ class ViT(nn.Module):
             token = self.param("class_token", nn.initializers.zeros_init(), (1, self.width))
             x = jnp.concatenate([jnp.broadcast_to(token, (*x.shape[:-2], 1, self.width)).astype(x.dtype), x], axis=-2)
         positions = self.param("positions", KERNEL, (x.shape[-2], self.width))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x + positions.astype(x.dtype))
-        x = apply_blocks(
-            x,
-            None,
-            depth=self.depth,
-            scan=self.scan,
-            remat=self.remat,
-            heads=self.heads,
-            mlp_width=self.mlp_ratio * self.width,
-            activation=self.activation,
-            norm_epsilon=self.norm_epsilon,
-            norm_after=False,
-            dropout=self.dropout,
-            train=train,
-            dtype=self.dtype,
-        )
+        x = self.dropped(x + positions.astype(x.dtype), train)
+        x = self.through_blocks(x, None, mlp_width=self.mlp_ratio * self.width, train=train)
         if self.class_token:
             x = x[..., 0, :]
         x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name="norm")(x)
