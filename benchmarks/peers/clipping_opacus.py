@@ -2,10 +2,11 @@
 
     PYTHONPATH=. .venv-peers/bin/python benchmarks/peers/clipping_opacus.py [MODEL ...] [--repeats 7]
 
-Runs in an environment of its own (torch, opacus; no jax, and of dpscale only what describes the machine). "hooks" is GradSampleModule with per-sample gradients that
-are then clipped and summed; "ghost" is GradSampleModuleFastGradientClipping with its two backward passes. Times are
-medians of steps taken in turn, without the optimizer. Writes benchmarks/results/clipping-opacus-MODEL.json. A model
-that Opacus refuses is recorded with its message.
+Runs in an environment of its own (torch, opacus; no jax, and of dpscale only what describes the machine). "hooks" is
+GradSampleModule with per-sample gradients that are then clipped and summed; "ghost" is
+GradSampleModuleFastGradientClipping with its two backward passes. Times are medians of steps taken in turn, without the
+optimizer. Writes benchmarks/results/clipping-opacus-MODEL.json. A model that Opacus refuses is recorded with its
+message.
 """
 
 # pyright: reportMissingImports=false
