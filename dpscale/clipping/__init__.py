@@ -86,7 +86,7 @@ class ClippedGrad:
         """Per parameter: the route, sizes, operations and bytes for this batch. Print it."""
         rows = jax.tree.leaves(batch)[0].shape[0]
         problem, _ = self._problem(params, batch, jnp.ones(rows, bool), keys)
-        return explanation(split_backward(problem, self.method), rows)
+        return explanation(split_backward(problem, self.method), problem)
 
     def _problem(self, params: Any, batch: Any, mask: Any, keys: Any) -> tuple[Problem, list[int]]:
         params, batch, mask, keys = _vary_alike((params, batch, jnp.asarray(mask), keys))

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from math import prod
 
+from dpscale.clipping.example import Problem
 from dpscale.clipping.layers import Layer
-from dpscale.clipping.split import Split
+from dpscale.clipping.split import Split, second_pass_is_a_gradient
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,18 @@ class Explanation:
         return "\n".join([f"method: {self.method}, batch of {self.rows}, {_short(total)}B held", *lines])
 
 
-def explanation(parts: Split, rows: int) -> Explanation:
-    """The costs of each layer for a batch of `rows` examples."""
-    return Explanation(parts.method, rows, [_cost(layer, rows, parts) for layer in parts.layers])
+def explanation(parts: Split, problem: Problem) -> Explanation:
+    """The costs of each layer for the problem's batch."""
+    rows = problem.mask.shape[0]
+    kept = parts.method != "ghost" or second_pass_is_a_gradient(parts, problem)
+    return Explanation(parts.method, rows, [_cost(layer, rows, parts.method, kept) for layer in parts.layers])
 
 
-def _cost(layer: Layer, rows: int, parts: Split) -> LayerCost:
+def _cost(layer: Layer, rows: int, method: str, kept: bool) -> LayerCost:
+    """`kept`: a gradient without a product is written out and kept until it is summed."""
     if not layer.rules:
         size = prod(layer.shape)
-        held = 4 * rows * size if parts.method != "ghost" or parts.second_pass_is_a_gradient else 0
+        held = 4 * rows * size if kept else 0
         return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), 2 * rows * size, 0, held)
     macs = sgd = held = 0
     for rule in layer.rules:
@@ -68,7 +72,7 @@ def _cost(layer: Layer, rows: int, parts: Split) -> LayerCost:
             macs += rows * (cost["folded"] + (cost["ghost"] if layer.route == "ghost" else operands))
             held += 4 * rows * operands
     first = layer.rules[0].sizes
-    held = 0 if parts.method == "ghost" else held
+    held = 0 if method == "ghost" else held
     widths = (first.width_a, first.width_g)
     positions = sum(rule.sizes.positions for rule in layer.rules)
     return LayerCost(layer.name, layer.shape, layer.route, first.parts, positions, widths, macs, sgd, held)

@@ -4,7 +4,7 @@ A loss is traced once, for one example. What comes out is inlined (jit, custom d
 rest of the package sees a flat list of equations in which only a scan has a body of its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -315,6 +315,26 @@ def _prune_scan(equation: Equation, live: set[Name]) -> Equation:
 
 def _chosen(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
     return [x for x, on in zip(items, flags, strict=True) if on]
+
+
+def passing(program: Program, names: Collection[Operand], through: Callable[[Any], Any]) -> Program:
+    """The program with these values passed `through` a function before anything uses them.
+
+    Values inside the bodies of scans, and what scans give, stay as they are.
+    """
+
+    def passed(equation: Equation) -> Equation:
+        if equation.body is not None or not any(x in names for x in equation.outputs):
+            return equation
+
+        def apply(*values):
+            results = equation.apply(*values)
+            results = results if isinstance(results, (tuple, list)) else [results]
+            return [through(x) if y in names else x for x, y in zip(results, equation.outputs, strict=True)]
+
+        return replace(equation, apply=apply)
+
+    return replace(program, equations=[passed(x) for x in program.equations])
 
 
 def run(program: Program, *args: Any) -> list[Any]:

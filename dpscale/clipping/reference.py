@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
+from dpscale.clipping.hold import held
 
 
 def materialize(problem: Problem) -> ClippedSum:
@@ -40,6 +41,7 @@ def _squares(grads: list[jax.Array], first_axis: int) -> list[jax.Array]:
 def _clip_and_sum(problem: Problem, keep: jax.Array) -> ClippedSum:
     rows = replace_rows(keep, problem.rows)
     losses, aux, grads = jax.vmap(lambda row: _loss_and_grads(problem, row))(rows)
+    grads = [held(grad, keep) for grad in grads]
     norms, factors = clip_factors(problem, _squares(grads, 1))
     finite = jnp.isfinite(losses) & jnp.isfinite(norms)
     good = keep & finite

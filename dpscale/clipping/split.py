@@ -24,6 +24,7 @@ import numpy as np
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
+from dpscale.clipping.hold import held
 from dpscale.clipping.jaxpr import (
     Constant,
     Equation,
@@ -33,6 +34,7 @@ from dpscale.clipping.jaxpr import (
     expose,
     has_own_backward_pass,
     moving_names,
+    passing,
     run,
     trace,
     walk,
@@ -54,8 +56,7 @@ from dpscale.clipping.norms import Squares, over_parts, square_sum, uses_tf32
 class Split:
     """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used.
 
-    `own_backward`: the loss uses jax.custom_vjp. `inside[j]` names the squared norms (estimate, upper bound) that
-    the body of layer j's scan computes by itself.
+    `inside[j]` names the squared norms (estimate, upper bound) that the body of layer j's scan computes by itself.
     """
 
     program: Program
@@ -64,20 +65,32 @@ class Split:
     num_aux: int
     aux_tree: Any
     inside: dict[int, tuple[Name, Name]] = field(default_factory=dict)
-    own_backward: bool = False
 
-    @property
-    def second_pass_is_a_gradient(self) -> bool:
-        """Whether ghost mode's second pass is an ordinary one; where that would round sums to less than float32, not.
 
-        Products that a GPU rounds to TF32 count as such: set jax_default_matmul_precision to "float32" to have it. A
-        custom backward pass may not be linear (a gradient clipped inside the model): what it makes of factor_i times a
-        cotangent need not be factor_i times what the norm is of.
-        """
-        kinds = {x.dtype for equation in walk(self.program) for x in equation.outputs}
-        coarse = uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
-        scans = any(rule.product.frames for layer in self.layers for rule in layer.rules)
-        return self.method == "ghost" and scans and not coarse and not self.own_backward
+def second_pass_is_a_gradient(parts: Split, problem: Problem) -> bool:
+    """Whether ghost mode's second pass is an ordinary one: for scans, unless it would not sum what the norms are of.
+
+    That is so where it would round sums to less than float32 (products that a GPU rounds to TF32 count as such: set
+    jax_default_matmul_precision to "float32" to have it), and behind a custom backward pass, which may not be linear (a
+    gradient clipped inside the model): of factor_i times a cotangent it need not make factor_i times as much.
+    """
+    if not any(rule.product.frames for layer in parts.layers for rule in layer.rules):
+        return False
+    kinds = {x.dtype for equation in walk(parts.program) for x in equation.outputs}
+    coarse = uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
+    return not coarse and not _has_own_backward_pass(problem)
+
+
+def _has_own_backward_pass(problem: Problem) -> bool:
+    """Traces the loss once more: a custom backward pass leaves no mark in the program of a gradient."""
+    found: list[bool] = []
+
+    def example(row):
+        found.append(has_own_backward_pass(problem.loss, problem.leaves, row))
+        return jnp.zeros(())
+
+    jax.vmap(example)(problem.rows)
+    return found[0]
 
 
 def split_backward(problem: Problem, method: str) -> Split:
@@ -86,7 +99,6 @@ def split_backward(problem: Problem, method: str) -> Split:
     "auto" is book-keeping, unless jax.checkpoint asks for the memory that it would take: then it is ghost.
     """
     traced: list[Any] = []
-    own_backward: list[bool] = []
 
     def example(row):
         def fun(leaves, row):
@@ -94,7 +106,6 @@ def split_backward(problem: Problem, method: str) -> Split:
             return loss, aux, grads
 
         traced.append(trace(fun, problem.leaves, row))
-        own_backward.append(method != "bookkeeping" and has_own_backward_pass(problem.loss, problem.leaves, row))
         traced.append(jax.eval_shape(fun, problem.leaves, row)[1])
         return jnp.zeros(())
 
@@ -112,8 +123,7 @@ def split_backward(problem: Problem, method: str) -> Split:
         layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
     layers = choose_routes(layers, refold=method == "ghost")
     inside = {j: names for j, x in enumerate(layers) if method == "ghost" and (names := _norms_inside_scan(x))}
-    tree = jax.tree.structure(aux)
-    return Split(program, method, layers, len(jax.tree.leaves(aux)), tree, inside, own_backward[0])
+    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside)
 
 
 def _norms_inside_scan(layer: Layer) -> tuple[Name, Name] | None:
@@ -161,8 +171,11 @@ def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
         elif layer.rules:
             asked += [(x, rule.product.frames) for rule in layer.rules for x in rule.operands]
         else:
-            asked.append((gradient, ()))
+            asked.append((gradient, ()))  # held side by side
     short = expose(program, [_outermost(*at) for at in asked])
+    rules = [rule for layer in parts.layers for rule in layer.rules]
+    operands = {_outermost(x, rule.product.frames) for rule in rules for x in rule.operands}
+    short = passing(short, operands, lambda x: held(x, problem.mask))
     depths = tuple(len(frames) if not isinstance(x, Constant) else 0 for x, frames in asked)
     rows = jax.tree.leaves(problem.rows)
     results = jax.vmap(lambda *row: tuple(run(short, *problem.leaves, *row)), out_axes=depths)(*rows)
@@ -231,21 +244,21 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
         elif layer.rules:
             square, written = (measure_in_slices(layer, value), None) if refold else measure(layer, value, False)
         else:
-            written = _side_by_side([rows.values[j] for j in places])
+            written = _side_by_side([rows.values[j] for j in places], problem.mask)
             square = Squares(*[square_sum(written, written.ndim - 1)] * 2)
         squares[places[0]] = square  # the bundle's; only the sum over the leaves of a clip group counts
         each.append(written)
-    norms, factors = clip_factors(
-        problem, [squares[j].estimate for j in sorted(squares)], [squares[j].upper for j in sorted(squares)]
-    )
+    leaves = [squares[j] for j in range(len(parts.layers))]
+    norms, factors = clip_factors(problem, [x.estimate for x in leaves], [x.upper for x in leaves])
     finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms)
-    return Measured(norms, factors, finite | ~problem.mask, finite & problem.mask, together, each)
+    good, factors = held(finite & problem.mask, problem.mask), held(factors, problem.mask)  # or each sum makes its own
+    return Measured(norms, factors, finite | ~problem.mask, good, together, each)
 
 
-def _side_by_side(values: list[jax.Array]) -> jax.Array:
+def _side_by_side(values: list[jax.Array], mask: jax.Array) -> jax.Array:
     """f[B, ...] of one leaf as it is, of several as f[B, sum of sizes]; in at least float32."""
     wide = [x.astype(sum_dtype(x.dtype)) for x in values]
-    return wide[0] if len(wide) == 1 else jnp.concatenate([x.reshape(x.shape[0], -1) for x in wide], axis=1)
+    return held(wide[0] if len(wide) == 1 else jnp.concatenate([x.reshape(x.shape[0], -1) for x in wide], axis=1), mask)
 
 
 def _apart(total: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
@@ -264,7 +277,7 @@ def sum_rows(parts: Split, found: Measured, values: list[Any], each: Sequence[ja
         if written is None and layer.rules:
             sums[places[0]] = sum_factors(layer, values[places[0]], factor, found.good)
             continue
-        written = _side_by_side([values[j] for j in places]) if written is None else written
+        written = _side_by_side([values[j] for j in places], found.good) if written is None else written
         total = sum_written_out(layer, written, factor, found.good)
         for j, x in zip(places, _apart(total, [parts.layers[j].shape for j in places]), strict=True):
             sums[j] = x
@@ -288,15 +301,14 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     """Two backward passes, norms first; nothing is kept between them but the factors.
 
     The second one makes every row's operands again, from the same cotangents, and sums those. A row that does not
-    count is replaced by a good one: its own values
-    could be NaN, and NaN * 0 is NaN. Scans would have to stack the operands of all their rounds; there the second pass
-    is the gradient of sum_i factor_i * loss_i.
+    count is replaced by a good one: its own values could be NaN, and NaN * 0 is NaN. Scans would have to stack the
+    operands of all their rounds; there the second pass is the gradient of sum_i factor_i * loss_i.
     """
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=True)
     again = replace(problem, rows=replace_rows(found.good, problem.rows))
     factors = jnp.where(found.good, found.factors, 0)
-    if parts.second_pass_is_a_gradient:
+    if second_pass_is_a_gradient(parts, problem):
         sums = _sum_by_gradient(again, parts, found, factors)
     else:
         sums = _sum_again(again, parts, found, factors)

@@ -1,0 +1,29 @@
+"""Values that a compiler must make once: what the norm is of is then, bit for bit, what is summed.
+
+A compiler is free to make a cheap value again for each of its uses, in other loops, with other roundings (a fused
+multiply-add here, none there). Where an example's cotangents are nothing but rounding noise, two such copies need not
+even be near each other, and a factor taken from one does not bound the other: twice the bound was seen.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def held(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """x itself, made before anything that uses it. `mask`: bool[B], any value that the compiler does not know.
+
+    XLA's GPU compiler keeps an optimization barrier until all loops are fused. Its CPU compiler drops barriers before
+    that (cpu_compiler.cc, "OptimizationBarrierExpander"), but it makes what a loop carries before the loop begins, and
+    in place: a loop that never runs a round, which only the running program knows, costs neither time nor memory.
+    """
+    return jax.lax.platform_dependent(x, mask, cpu=_carried, default=lambda x, _: jax.lax.optimization_barrier(x))
+
+
+def _carried(x: jax.Array, mask: jax.Array) -> jax.Array:
+    more = jnp.sum(mask, dtype=jnp.int32) < 0
+
+    def other(carry):
+        _, x = carry
+        return jnp.zeros_like(more), -x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x
+
+    return jax.lax.while_loop(lambda carry: carry[0], other, (more, x))[1]
