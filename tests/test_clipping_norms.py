@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpscale.clipping import ROUNDING_SLACK, clipped_grad, layers, split
+from dpscale.clipping.hold import held
 
 POSITIONS, INPUTS, OUTPUTS = 64, 96, 96
 TRIALS = 40
@@ -148,3 +149,13 @@ def test_where_gradients_are_nothing_but_rounding_the_norm_is_of_what_is_summed(
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(out.grad_sum)]
         size = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))
         assert 0.9 <= size <= 1 + ROUNDING_SLACK
+
+
+def test_values_are_held_by_the_means_that_each_compiler_respects():
+    means = {"cpu": "stablehlo.while", "cuda": "stablehlo.optimization_barrier"}
+    traced = jax.jit(jax.vmap(held, (0, None))).trace(jnp.ones((4, 3)), jnp.ones(4, bool))
+    for platform in means:
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert [name for name in means.values() if name in text] == [means[platform]]
+    for x in (jnp.asarray([1.5, -0.0, jnp.nan]), jnp.asarray([True, False])):
+        np.testing.assert_array_equal(jax.jit(held)(x, jnp.ones(4, bool)), x)
