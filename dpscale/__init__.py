@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from dpscale.privacy.accounting import epsilon as epsilon
     from dpscale.privacy.accounting import noise_multiplier as noise_multiplier
     from dpscale.privacy.plan import PrivacyPlan as PrivacyPlan
-    from dpscale.release import load_release as load_release
     from dpscale.release import release as release
+    from dpscale.release_files import load_release as load_release
     from dpscale.sampling import PoissonSampler as PoissonSampler
     from dpscale.train import TrainResult as TrainResult
     from dpscale.train import train as train
@@ -46,7 +46,7 @@ _HOMES = {
     "epsilon": "dpscale.privacy.accounting",
     "noise_multiplier": "dpscale.privacy.accounting",
     "PrivacyPlan": "dpscale.privacy.plan",
-    "load_release": "dpscale.release",
+    "load_release": "dpscale.release_files",
     "release": "dpscale.release",
     "PoissonSampler": "dpscale.sampling",
     "TrainResult": "dpscale.train",

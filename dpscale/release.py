@@ -6,44 +6,42 @@ DIR/PRIVACY.md and DIR/privacy.json (the card, with the digests of the other fil
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import glob
-import hashlib
 import importlib.metadata
-import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpscale.config import RunConfig, load_config
-from dpscale.durable import sync_directory, write_atomically
+from dpscale.durable import write_atomically
 from dpscale.errors import InputError, RunDirectoryError
 from dpscale.lease import Lease
 from dpscale.manifest import Found, inspect
 from dpscale.metrics.records import read_records
-from dpscale.privacy.card import SCHEMA, Card
+from dpscale.privacy.card import Card
 from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.secret import destroy
+from dpscale.release_files import (
+    CARD,
+    MODEL,
+    ORBAX,
+    SHARED_MODE,
+    TEXT,
+    WEIGHTS,
+    appearing_at_once,
+    digests,
+    refuse_occupied,
+    write_json,
+)
 from dpscale.run_directory import RunDirectory
 from dpscale.run_record import RunRecord, read_run
 from dpscale.weights import read_weights, write_weights
 
-WEIGHTS, ORBAX, MODEL, CARD, TEXT = "weights.safetensors", "orbax", "model.json", "privacy.json", "PRIVACY.md"
 STATEMENTS = ("privacy.public_data_used", "privacy.hyperparameter_search")
 MODEL_KEYS = ("schema", "source", "name", "options", "num_classes", "compute_dtype", "features", "preprocessing")
-SHARED_MODE = 0o644
-
-
-class Release(NamedTuple):
-    """`params`: nested dicts of NumPy arrays; `model`: what model.json holds; `card`: what privacy.json holds."""
-
-    params: dict[str, Any]
-    model: dict[str, Any]
-    card: dict[str, Any]
+FACTS = {*MODEL_KEYS, "averaged", "lora_scale", "pretrained", "program"}  # of a checkpoint's manifest
 
 
 def release(
@@ -66,7 +64,9 @@ def release(
     Guarantees: nothing else than the above leaves: no key, no optimizer state, nothing computed from a training batch
     before noise. `out` appears at once and whole, or not at all. The run directory's lease is held meanwhile.
 
-    The released step is committed in the ledger before anything is written, so that no later start replays it.
+    The released step is committed in the ledger before anything is written, so that no later start replays it, and
+    the ledger notes how many steps the card's epsilon covers, so that no later start is charged more: the card stays
+    true. All that is said of the model is what the start that saved the checkpoint noted, not what the config says now.
 
     Returns: `out`.
 
@@ -75,36 +75,29 @@ def release(
         fit each other.
     """
     directory, out = RunDirectory.at(run_dir), Path(out).expanduser().absolute()
-    _refuse_occupied(out)
+    refuse_occupied(out)
     if not directory.identity.exists():
         raise RunDirectoryError(f"{directory.root} is no run directory (it has no run.json): give one that train made")
     lease = Lease(directory.lease)
     lease.acquire()
     try:
         record = read_run(directory.root)
-        config = _with_statements(record, statements)
         if destroy_secret and record.is_insecure:
             raise InputError("--destroy-secret: this run has no secret, but a fixed seed (privacy.insecure_seed)")
         found = _checkpoint(record, step)
-        model = _released_model(directory)
-        record = _committed(record, found)
-        with _appearing_at_once(out) as stage:
-            from dpscale.checkpoint import read_parameters, write_parameters
-
-            averaged = config.training.evaluate_ema
-            trained = read_parameters(directory.checkpoints / str(found.step), "ema" if averaged else "params")
-            params = _whole(record, trained)
-            write_weights(stage / WEIGHTS, params)
-            (stage / WEIGHTS).chmod(SHARED_MODE)
-            write_parameters(stage / ORBAX, params)
-            (stage / ORBAX / "commit_success.txt").unlink(missing_ok=True)  # it names a path of this machine
-            _write_json(stage / MODEL, model)
+        facts = _facts(record, found)
+        config = _with_statements(record, facts, statements)
+        record = _committed(record, found, lease)
+        with appearing_at_once(out) as stage:
+            _write_model(stage, record, found, facts)
+            record = _promised(record, found, lease, ends=destroy_secret)
             if destroy_secret:
                 _end(record)
-            card = _card(record, config, found, model, _digests(stage))
+            card = _card(record, config, found, facts, digests(stage))
             write_atomically(stage / TEXT, card.to_markdown(), SHARED_MODE)
-            card = dataclasses.replace(card, files=_digests(stage))  # with the text's own
-            _write_json(stage / CARD, card.to_json())
+            card = dataclasses.replace(card, files=digests(stage))  # with the text's own
+            write_json(stage / CARD, card.to_json())
+            lease.check()
     finally:
         lease.release()
     report(f"released  {out}")
@@ -114,33 +107,31 @@ def release(
     return out
 
 
-def load_release(directory: str | os.PathLike[str]) -> Release:
-    """Read back what `release` wrote; needs NumPy only.
+def _facts(record: RunRecord, found: Found) -> dict[str, Any]:
+    """What the start that saved the checkpoint noted of the model and the program; it is what the ledger says ran.
 
-    `params` suits `dpscale.models.build_model(model["name"], model["num_classes"], **model["options"])` where
-    model["source"] is "dpscale.models".
-
-    Raises: InputError where a file, of orbax/ too, is missing, is not the one that the card lists, or is not listed.
+    Raises: RunDirectoryError where it is not there or another program's.
     """
-    directory = Path(directory).expanduser()
-    card = _read_json(directory / CARD)
-    if card.get("schema") != SCHEMA or not isinstance(card.get("files"), dict):
-        raise InputError(f"{directory / CARD} is no card of schema {SCHEMA}: use the dpscale that wrote it")
-    listed, there = card["files"], {name: digest for name, digest in _digests(directory).items() if name != CARD}
-    for name in sorted({WEIGHTS, MODEL, TEXT} | listed.keys() | there.keys()):
-        if name not in listed:
-            raise InputError(f"{directory / name} is not listed in {CARD}, so it is no part of the release: remove it")
-        if there.get(name) != listed[name]:
-            raise InputError(f"{directory / name} is not the file that {CARD} lists: copy the release again")
-    return Release(read_weights(directory / WEIGHTS), _read_json(directory / MODEL), card)
+    from dpscale.program import digest
+
+    facts = found.facts.get("model")
+    if not isinstance(facts, dict) or not facts.keys() >= FACTS or not isinstance(facts["program"], dict):
+        raise RunDirectoryError(
+            f"the manifest of step {found.step} does not say what a release must (model, program, ..): another version "
+            "of dpscale saved it, or it was edited. Choose another step with --step, or use the version that saved it"
+        )
+    ledger = record.ledger
+    until = ledger.heads.index(found.facts["ledger_head"]) + 1 if found.facts.get("ledger_head") in ledger.heads else 0
+    ran = [line.get("program") for line in ledger.records[:until] if line["kind"] == "open"]
+    if ran and ran[-1] != digest(facts["program"]):
+        raise RunDirectoryError(
+            f"the manifest of step {found.step} describes another program than {ledger.path} says was run: one of the "
+            "files was edited or replaced. Restore it, or choose another step with --step"
+        )
+    return facts
 
 
-def _refuse_occupied(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty directory: a release goes into a new one")
-
-
-def _with_statements(record: RunRecord, statements: Sequence[str]) -> RunConfig:
+def _with_statements(record: RunRecord, facts: dict[str, Any], statements: Sequence[str]) -> RunConfig:
     """The run's config with the owner's statements, which must all be there where a guarantee is stated."""
     for statement in statements:
         if statement.partition("=")[0].strip() not in STATEMENTS:
@@ -157,9 +148,9 @@ def _with_statements(record: RunRecord, statements: Sequence[str]) -> RunConfig:
             f'to [privacy] in {record.directory.config}: {STATEMENTS[0]}="none" (or which), {STATEMENTS[1]}=none (or '
             "public: on public data only; private: on the private data)"
         )
-    if config.model.pretrained is not None and (privacy.public_data_used or "").strip().lower() == "none":
+    if facts["pretrained"] is not None and (privacy.public_data_used or "").strip().lower() == "none":
         raise InputError(
-            f"privacy.public_data_used=none, but the run started from {Path(config.model.pretrained).name} "
+            f"privacy.public_data_used=none, but the run started from {facts['pretrained']['file']} "
             "(model.pretrained), and pre-trained weights count as public data: say what they were trained on, as "
             'privacy.public_data_used="ImageNet-21k (pre-training)"'
         )
@@ -182,8 +173,8 @@ def _checkpoint(record: RunRecord, step: int | None) -> Found:
     return found
 
 
-def _committed(record: RunRecord, found: Found) -> RunRecord:
-    """The run with `found` committed in its ledger; the lease is held.
+def _committed(record: RunRecord, found: Found, lease: Lease) -> RunRecord:
+    """The run with `found` committed in its ledger.
 
     Were it released uncommitted and its files lost, the same attempt would run the released steps again: with the same
     noise, and uncharged.
@@ -198,18 +189,32 @@ def _committed(record: RunRecord, found: Found) -> RunRecord:
             f"step {found.step} is saved but not committed in {record.directory.ledger}, and the run has ended, so it "
             f"cannot be any more: choose a step up to {current.committed} with --step"
         )
+    lease.check()
     Ledger.load(record.directory.ledger, record.secret).close(current.number, found.step, current.end)
     return read_run(record.directory.root)
 
 
-def _released_model(directory: RunDirectory) -> dict[str, Any]:
-    if not directory.model.exists():
-        raise RunDirectoryError(
-            f"{directory.model} is missing: start `dpscale train` on this run once more, which writes it (a finished "
-            "run makes no step)"
-        )
-    facts = directory.read_json(directory.model)
-    return {key: facts.get(key) for key in MODEL_KEYS}
+def _promised(record: RunRecord, found: Found, lease: Lease, *, ends: bool) -> RunRecord:
+    """The run held by its ledger to the steps that the card is about to cover; one that ends has no other to run."""
+    if record.ended is not None or record.secret is None or not record.plan.enabled or record.is_insecure:
+        return record
+    lease.check()
+    ledger = Ledger.load(record.directory.ledger, record.secret)
+    ledger.release(found.step, record.steps_to_cover(ends=ends))
+    record.directory.write_json(record.directory.released, {"schema": 1, "ledger_head": ledger.head})
+    return read_run(record.directory.root)
+
+
+def _write_model(stage: Path, record: RunRecord, found: Found, facts: dict[str, Any]) -> None:
+    from dpscale.checkpoint import read_parameters, write_parameters
+
+    path = record.directory.checkpoints / str(found.step)
+    params = _whole(record, facts, read_parameters(path, "ema" if facts["averaged"] else "params"))
+    write_weights(stage / WEIGHTS, params)
+    (stage / WEIGHTS).chmod(SHARED_MODE)
+    write_parameters(stage / ORBAX, params)
+    (stage / ORBAX / "commit_success.txt").unlink(missing_ok=True)  # it names a path of this machine
+    write_json(stage / MODEL, {key: facts[key] for key in MODEL_KEYS})
 
 
 def _end(record: RunRecord) -> None:
@@ -229,16 +234,19 @@ def _end(record: RunRecord) -> None:
     destroy(directory.secret)
 
 
-def _card(record: RunRecord, config: RunConfig, found: Found, model: dict[str, Any], files: dict[str, str]) -> Card:
-    programs = [line["program"] for line in record.ledger.records if "program" in line]
-    facts = record.identity["program"]
-    versions = {key.removeprefix("version of "): facts[key] for key in sorted(facts) if key.startswith("version of ")}
+def _card(record: RunRecord, config: RunConfig, found: Found, facts: dict[str, Any], files: dict[str, str]) -> Card:
+    from dpscale.program import digest
+
+    program = facts["program"]
+    versions = {
+        key.removeprefix("version of "): program[key] for key in sorted(program) if key.startswith("version of ")
+    }
     return Card(
         plan=record.plan,
         released_step=found.step,
-        averaged=config.training.evaluate_ema,
+        averaged=facts["averaged"],
         charged_steps=record.charged_steps,
-        charged_at_end=record.charged_at_end,
+        covered_steps=record.covered_steps,
         attempts=len(record.ledger.attempts),
         made_from_size=_made_from_size(config),
         finished=record.is_finished,
@@ -246,13 +254,14 @@ def _card(record: RunRecord, config: RunConfig, found: Found, model: dict[str, A
         secret_destroyed=not record.is_insecure and not record.directory.secret.exists(),
         public_data_used=config.privacy.public_data_used,
         hyperparameter_search=config.privacy.hyperparameter_search,
-        pretrained_weights=_pretrained(config, model, facts),
+        pretrained_weights=_pretrained(facts),
         ledger={
             "sha256": record.ledger_sha256,
             "lines": len(record.ledger.records),
             "verification": record.verification,
         },
-        program_digest=programs[-1] if programs else "",
+        checked=record.checked,
+        program_digest=digest(program),
         versions=versions | {"dp-accounting": importlib.metadata.version("dp-accounting")},
         public_results=_public_results(record, found),
         files=files,
@@ -267,38 +276,36 @@ def _made_from_size(config: RunConfig) -> tuple[str, ...]:
     return (*rate, "the number of steps") if config.training.epochs is not None else rate
 
 
-def _whole(record: RunRecord, trained: Any) -> Any:
+def _whole(record: RunRecord, facts: dict[str, Any], trained: Any) -> Any:
     """The plain model: frozen leaves put back, adapters multiplied into their kernels.
 
     Raises: RunDirectoryError where the frozen leaves are gone or are not the run's.
     """
     from dpscale.models.leaves import join
     from dpscale.models.trainable import merge_lora
-    from dpscale.task import weights_digest
+    from dpscale.task import has_digest
 
-    expected, file, model = (
-        record.identity["program"].get("frozen weights"),
-        record.directory.frozen,
-        record.config.model,
-    )
-    whole = trained
+    expected, whole = facts["program"].get("frozen weights"), trained
     if expected is not None:
-        frozen = read_weights(file)
-        if weights_digest(frozen) != expected:
-            raise RunDirectoryError(f"{file} does not hold the weights that this run froze: restore it")
-        whole = join(trained, frozen)
-    return merge_lora(whole, model.lora_alpha / model.lora_rank) if model.lora_rank else whole
+        file = record.directory.frozen(expected)
+        if not has_digest(file, expected):
+            raise RunDirectoryError(
+                f"{file} is missing or does not hold the weights that this step was trained with frozen: restore it, "
+                "or start `dpscale train` on this run once more, which writes it"
+            )
+        whole = join(trained, read_weights(file))
+    return whole if facts["lora_scale"] is None else merge_lora(whole, facts["lora_scale"])
 
 
-def _pretrained(config: RunConfig, model: dict[str, Any], facts: dict[str, Any]) -> str:
-    if config.model.pretrained is not None:
-        name = Path(config.model.pretrained).name
-        digest = facts.get("model.pretrained digest", "unknown")
+def _pretrained(facts: dict[str, Any]) -> str:
+    origin = facts["pretrained"]
+    if origin is not None:
+        digest = facts["program"].get("model.pretrained digest", "unknown")
         return (
-            f"{name} ({config.model.pretrained_format}), SHA-256 {digest}; they count as public data: the guarantee "
-            "does not cover what they were trained on"
+            f"{origin['file']} ({origin['format']}), SHA-256 {digest}; they count as public data: the guarantee does "
+            "not cover what they were trained on"
         )
-    if model["source"] == "python":
+    if facts["source"] == "python":
         return "not known to dpscale, for the model came from Python: see the public data used"
     return "none: random initial weights"
 
@@ -312,65 +319,3 @@ def _public_results(record: RunRecord, found: Found) -> dict[str, float]:
         if line["step"] == found.step and line.get("attempt") == found.attempt:
             return {key: value for key, value in line.items() if key.startswith("validation_") and value is not None}
     return {}
-
-
-@contextlib.contextmanager
-def _appearing_at_once(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` when all went well and is removed otherwise.
-
-    Others cannot look into it before; what a killed release left is removed.
-    """
-    stage = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-            if left.is_dir():
-                shutil.rmtree(left)
-        stage.mkdir()
-        mode = stage.stat().st_mode & 0o777  # what the user's umask gives
-        stage.chmod(0o700)
-        yield stage
-        _sync(stage)
-        stage.chmod(mode)
-        os.rename(stage, out)
-        sync_directory(out.parent)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error}): free space, repair access, or choose another") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Put every file and directory below `directory` on disk."""
-    for path in [*directory.rglob("*"), directory]:
-        if path.is_dir():
-            sync_directory(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n", SHARED_MODE)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} cannot be read as JSON ({error}): give a directory that `dpscale release` wrote"
-        ) from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no JSON object: give a directory that `dpscale release` wrote")
-    return values

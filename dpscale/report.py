@@ -17,7 +17,7 @@ from dpscale.metrics.plot import draw_run, latest
 from dpscale.metrics.records import Record, read_records
 from dpscale.metrics.status import read_status
 from dpscale.page import Page, inline_svg
-from dpscale.privacy.card import ACCOUNTANTS, RELATIONS
+from dpscale.privacy.card import ACCOUNTANTS, USER, relation_words, unit_name, unit_words
 from dpscale.privacy.shown import shown_epsilon
 from dpscale.scaling.curves import Curves, curves, law_text, overhead_text
 from dpscale.scaling.environment import machine
@@ -215,20 +215,21 @@ def _privacy(page: Page, plan: dict[str, Any], status: dict[str, Any]) -> None:
         page.text("A fixed seed stands in place of the secret: whoever knows it can take the noise away again.")
     elif spent is not None and status.get("state") == "finished":
         page.text(
-            f"The training is ({shown_epsilon(spent)}, {delta:g})-differentially private for one {unit}, by the ledger "
-            "of every step that was charged."
+            f"The training is ({shown_epsilon(spent)}, {delta:g})-differentially private for one {unit_name(unit)}, "
+            "by the ledger of every step that was charged."
         )
     elif spent is not None:
         page.text(
             f"The run has not finished. For what is charged now, it is ({shown_epsilon(spent)}, {delta:g})-"
-            f"differentially private for one {unit} if it was decided in advance that it ends here; if it ends here "
-            "because of what its results look like, the epsilon of its planned end counts."
+            f"differentially private for one {unit_name(unit)} if it was decided in advance that it ends here; if it "
+            "ends here because of what its results look like, the epsilon of its planned end counts."
         )
     relation, accountant = plan.get("neighboring_relation", ""), plan.get("accountant", "")
     page.pairs(
         {
-            "one record is": unit,
-            "neighbouring data sets": RELATIONS.get(relation, "-"),
+            "protected": unit_words(unit, plan.get("max_examples_per_user")),
+            "neighbouring data sets": relation_words(relation, unit) if relation else "-",
+            "laws checked at the last start": _checked(status),
             "sampling": f"Poisson, rate {plan.get('sampling_rate', 0):.6g}",
             **_sizes(plan),
             "noise multiplier": f"{plan.get('noise_multiplier', 0):.4f}",
@@ -244,7 +245,13 @@ def _sizes(plan: dict[str, Any]) -> dict[str, object]:
     """What gives the number of records away, where that is public: not when records may be added or removed."""
     if plan.get("neighboring_relation") == "add_or_remove":
         return {}
-    return {"records": plan.get("num_examples", "-"), "expected batch": f"{plan.get('expected_batch_size', 0):g}"}
+    each = "users" if plan.get("unit") == USER else "records"
+    return {each: plan.get("num_examples", "-"), "expected batch": f"{plan.get('expected_batch_size', 0):g}"}
+
+
+def _checked(status: dict[str, Any]) -> str:
+    laws = status.get("verified_laws")
+    return "no" if laws is None else f"{laws} held on the run's own processes and devices, before its first step"
 
 
 def _named(spec: str) -> str:

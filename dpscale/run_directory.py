@@ -12,6 +12,7 @@ from dpscale.durable import write_atomically
 from dpscale.errors import RunDirectoryError
 
 PRIVATE_DIRECTORY = 0o700
+FROZEN = "frozen"
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,9 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.root / "ckpt"
 
-    @property
-    def frozen(self) -> Path:
-        """Weights that are not trained, where there are any; public, as the weights that training starts from."""
-        return self.root / "frozen.safetensors"
+    def frozen(self, digest: str) -> Path:
+        """Weights that are not trained, by their digest; public, as the weights that training starts from."""
+        return self.root / f"{FROZEN}-{digest[:16]}.safetensors"
 
     @property
     def attempts(self) -> Path:
@@ -76,8 +76,16 @@ class RunDirectory:
 
     @property
     def model(self) -> Path:
-        """What a release needs to know of the model besides the config: shapes and types, public constants."""
+        """What a release of the steps of the newest start says of the model and how it came to be (task.py).
+
+        Every checkpoint's manifest holds that of the start that saved it.
+        """
         return self.root / "model.json"
+
+    @property
+    def released(self) -> Path:
+        """Which ledger line holds the run to the card of the newest release, so that its loss is noticed."""
+        return self.root / "released.json"
 
     @property
     def ended(self) -> Path:
@@ -161,12 +169,11 @@ class RunDirectory:
             "lease",
             "STOP",
             "finished",
-            "frozen.safetensors",
             "status.json",
             "plot.svg",
             "plot.png",
             "report.html",
             "jax_cache",
         }
-        names |= {"model.json", "ended.json"}
-        return entry.name in names or entry.name.startswith(".")
+        names |= {"model.json", "released.json", "ended.json"}
+        return entry.name in names or entry.name.startswith((".", f"{FROZEN}-"))

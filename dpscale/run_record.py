@@ -51,8 +51,42 @@ class RunRecord:
         if current is None:
             return self.plan.steps
         before = self.charged_steps - current.steps
-        last = self.plan.last_step(current.start, before)
+        last = self.plan.last_step(current.start, before, self.ledger.promised)
         return max(self.charged_steps, before + last - current.start)
+
+    @property
+    def chargeable_steps(self) -> int | None:
+        """Steps that the run can ever be charged, repeated ones included; None where nothing limits new attempts."""
+        if self.ended is not None:
+            return self.charged_steps
+        return self._allowed_steps
+
+    @property
+    def _allowed_steps(self) -> int | None:
+        """What the plan's epsilon or an earlier release allowed beforehand; never below what is charged."""
+        planned = None if self.plan.epsilon_target is None else self.plan.chargeable_steps
+        limits = [steps for steps in (self.ledger.promised, planned) if steps is not None]
+        return max(self.charged_steps, min(limits)) if limits else None
+
+    @property
+    def covered_steps(self) -> int:
+        """Steps whose epsilon holds for a model that is released now; the run keeps to them from then on."""
+        return self.steps_to_cover(ends=self.ended is not None)
+
+    def steps_to_cover(self, *, ends: bool) -> int:
+        """`covered_steps`, or what they would be if the run ended for good.
+
+        What is charged, where the run came to its planned end in one attempt. Elsewhere all that was allowed
+        beforehand, `privacy.replay_reserve` included: going back may have been chosen by looking at results, and a run
+        that goes on may still use it up. Of one attempt that ends early, the planned end's, for the stop may have been
+        chosen so.
+        """
+        in_one = len(self.ledger.attempts) == 1
+        if in_one and self.is_finished:
+            return self.charged_steps
+        if in_one and ends:
+            return self.charged_at_end
+        return max(self.charged_at_end, self._allowed_steps or 0)
 
     @property
     def committed_step(self) -> int:
@@ -65,13 +99,33 @@ class RunRecord:
         current = self.ledger.current
         if current is None:
             return False
-        last = self.plan.last_step(current.start, self.charged_steps - current.steps)
+        last = self.plan.last_step(current.start, self.charged_steps - current.steps, self.ledger.promised)
         return current.committed == current.end >= last
 
     @property
     def is_insecure(self) -> bool:
         """Whether anyone can make the same noise."""
         return self.config.privacy.insecure_seed is not None
+
+    @property
+    def checked(self) -> str:
+        """Whether the laws were checked on the run's processes before its first step, as a sentence (verify)."""
+        lines = self.ledger.records
+        first = next((place for place, line in enumerate(lines) if line["kind"] == "open"), len(lines))
+        held = [place for place, line in enumerate(lines) if line["kind"] == "verify" and line["held"]]
+        failed = sum(line["kind"] == "verify" and not line["held"] for line in lines)
+        after = f"; {failed} check(s) failed, and no step was run then" if failed else ""
+        if not held or held[0] > first:
+            return (
+                f"not before the first step (privacy.verify was off){after}"
+                if first < len(lines)
+                else f"not yet{after}"
+            )
+        facts = lines[max(place for place in held if place < first)]
+        where = f"{facts['devices']} device(s) of {facts['processes']} process(es)"
+        again = sum(place > first for place in held)
+        more = f", and in part at {again} later start(s)" if again else ""
+        return f"{facts['laws']} laws held on {where} before the first step{more}{after}"
 
     @property
     def verification(self) -> str:
@@ -119,6 +173,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
             "it; epsilon cannot be computed from it"
         )
     check_plan(ledger, plan, directory)
+    check_released(ledger, directory)
     for found in saved:
         ledger.check_saved(found.step, found.facts)
     return RunRecord(directory, config, plan, identity, secret, ended, saved, ledger, sha256)
@@ -163,6 +218,16 @@ def check_plan(ledger: Ledger, plan: PrivacyPlan, directory: RunDirectory) -> No
         raise PrivacyError(
             f"{directory.ledger} charges steps of another plan than {directory.plan} states: one of the files was "
             "replaced. Restore it; epsilon cannot be computed from both"
+        )
+
+
+def check_released(ledger: Ledger, directory: RunDirectory) -> None:
+    """Raises: PrivacyError where the ledger lost the line that holds the run to the card of a released model."""
+    if directory.released.exists() and directory.read_json(directory.released).get("ledger_head") not in ledger.heads:
+        raise PrivacyError(
+            f"{directory.ledger} does not hold the line of the release that {directory.released} notes: lines were "
+            "lost (the file was truncated or replaced by an older one). Restore it; the card of what was released may "
+            "not be true without it"
         )
 
 

@@ -15,7 +15,7 @@ from dpscale.run_record import RunRecord, read_run
 
 @dataclass(frozen=True)
 class SearchCost:
-    """epsilon at `delta` of all runs together. `planned`: with every run at its planned end, unless it stopped there.
+    """epsilon at `delta` of all runs together. `planned`: with every run at what a release of it would cover.
 
     `sameness`: how it is known, or that it is assumed, that the data are the same.
     """
@@ -62,10 +62,7 @@ def search_cost(
     chosen = deltas[0] if delta is None else delta
     sameness = _sameness(records, assume_same_data)
     charged = [(record.plan.accounted_step, record.charged_steps) for record in records]
-    planned = [
-        (record.plan.accounted_step, record.charged_steps if record.is_finished else record.charged_at_end)
-        for record in records
-    ]
+    planned = [(record.plan.accounted_step, record.covered_steps) for record in records]
     at_end, now = (composed_epsilon(parts, chosen, accountant) for parts in (planned, charged))
     return SearchCost(records, chosen, accountant, at_end, now, sameness)
 
@@ -74,7 +71,7 @@ def search_lines(cost: SearchCost) -> Iterator[str]:
     """Yield what `dpscale privacy sweep` prints, line by line."""
     for record in cost.records:
         plan = record.plan
-        steps = record.charged_steps if record.is_finished else record.charged_at_end
+        steps = record.covered_steps
         state = "finished" if record.is_finished else f"{record.charged_steps} charged so far"
         yield (
             f"run      {record.directory.root}: {steps} steps ({state}), q {plan.sampling_rate:.6g}, noise multiplier "

@@ -21,7 +21,7 @@ from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.program import differences, digest
 from dpscale.run_directory import RunDirectory
-from dpscale.run_record import IDENTITY_SCHEMA, SECRET_CHECK, check_plan, open_secret, read_identity
+from dpscale.run_record import IDENTITY_SCHEMA, SECRET_CHECK, check_plan, check_released, open_secret, read_identity
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Briefing:
     """What every process must know, the same on all of them.
 
     `start_step`: steps that are done. `attempt_start`: where the current attempt began. `charged_before`: steps
-    charged to earlier attempts. `restore`: whether `start_step` is read from a checkpoint.
+    charged to earlier attempts. `restore`: whether `start_step` is read from a checkpoint. `promised`: see Ledger.
     """
 
     plan: PrivacyPlan
@@ -39,6 +39,7 @@ class Briefing:
     attempt_start: int
     charged_before: int
     restore: bool
+    promised: int | None = None
 
     def charged_at(self, step: int) -> int:
         """Steps that epsilon is computed for when `step` steps of the run are done."""
@@ -47,7 +48,7 @@ class Briefing:
     @property
     def last_step(self) -> int:
         """Where the run ends: the planned steps, less what earlier attempts used up of what may be charged."""
-        return self.plan.last_step(self.attempt_start, self.charged_before)
+        return self.plan.last_step(self.attempt_start, self.charged_before, self.promised)
 
     def to_json(self) -> dict[str, Any]:
         """For the broadcast to the other processes; it holds the secret and touches neither file nor log."""
@@ -60,6 +61,7 @@ class Briefing:
             "attempt_start": self.attempt_start,
             "charged_before": self.charged_before,
             "restore": self.restore,
+            "promised": self.promised,
         }
 
     @classmethod
@@ -103,6 +105,7 @@ def open_session(
         plan = _plan(directory, config, num_examples)
         ledger = Ledger.load(directory.ledger, secret)
         check_plan(ledger, plan, directory)
+        check_released(ledger, directory)
         changed = differences(identity["program"], program)
         if changed and not new_attempt:
             raise RunDirectoryError(
@@ -112,7 +115,10 @@ def open_session(
                 "choose another --run-dir"
             )
         moved = identity["place"] != directory.place()
-        briefing = _brief(ledger, plan, secret, checkpoints, report, moved=moved, changed=changed, asked=new_attempt)
+        model = directory.read_json(directory.model) if directory.model.exists() else {}
+        briefing = _brief(
+            ledger, plan, secret, checkpoints, report, moved=moved, changed=changed, asked=new_attempt, model=model
+        )
         # Only now: were this written before the new attempt is in the ledger, a kill in between would hide the change.
         if changed or moved:
             directory.write_json(directory.identity, {**identity, "program": program, "place": directory.place()})
@@ -209,8 +215,13 @@ def _brief(
     moved: bool,
     changed: list[str],
     asked: bool,
+    model: dict[str, Any],
 ) -> Briefing:
-    """Choose the checkpoint, and decide whether going on from it needs a new attempt (PRIVACY.md, rule 3)."""
+    """Choose the checkpoint, and decide whether going on from it needs a new attempt (PRIVACY.md, rule 3).
+
+    Args:
+        model: what the last start wrote of its model, for a checkpoint that it left without a manifest.
+    """
     current = ledger.current
     found = checkpoints.newest_good(report, committed=current.committed if current else 0)
     start = found.step if found else 0
@@ -225,7 +236,7 @@ def _brief(
             reasons.append(f"the checkpoint of step {start} was saved by attempt {found.attempt}, which was left")
         elif found and start > current.committed:
             # The last run died before it could write this; what was saved may have been seen.
-            checkpoints.adopt(found, {"attempt": current.number, "ledger_head": ledger.head})
+            checkpoints.adopt(found, {"attempt": current.number, "ledger_head": ledger.head, "model": model})
             ledger.close(current.number, start, current.end)
             report(f"step {start} was saved just before the last run ended: it is now on record")
         if asked:
@@ -239,16 +250,27 @@ def _brief(
         ledger.begin(number, start, reasons)
         if current is not None:
             report(f"new attempt from step {start}, fresh batches and noise, charged on top: {'; '.join(reasons)}")
-        briefing = Briefing(plan, secret, number, start, start, before, restore=found is not None)
+        attempt_start = start
     else:
         before = ledger.charged_steps - current.steps
-        briefing = Briefing(plan, secret, current.number, start, current.start, before, restore=found is not None)
+        number, attempt_start = current.number, current.start
+    briefing = Briefing(plan, secret, number, start, attempt_start, before, found is not None, ledger.promised)
     if briefing.last_step < plan.steps:
-        report(
-            f"{briefing.charged_before} steps of earlier attempts are charged: epsilon {plan.epsilon_target:g} allows "
-            f"steps up to {briefing.last_step} of {plan.steps}"
-        )
+        report(_why_it_ends_early(briefing))
     return briefing
+
+
+def _why_it_ends_early(briefing: Briefing) -> str:
+    plan, promised = briefing.plan, briefing.promised
+    by_release = promised is not None and (plan.epsilon_target is None or promised < plan.chargeable_steps)
+    if by_release:
+        limit = f"the card of a released model covers {promised} steps, which"
+    else:
+        limit = f"epsilon {plan.epsilon_target:g}"
+    return (
+        f"{briefing.charged_before} steps of earlier attempts are charged: {limit} allows steps up to "
+        f"{briefing.last_step} of {plan.steps}"
+    )
 
 
 def _refuse_what_does_not_fit(ledger: Ledger, found: Found | None, asked: bool) -> None:

@@ -38,11 +38,15 @@ class Replay:
 
 @dataclass(frozen=True)
 class Spent:
-    """epsilon at one delta: for the steps charged now, and for the planned end. None: below what can be resolved."""
+    """epsilon at one delta; None: below what can be resolved.
+
+    `charged`: of the steps charged now. `planned`: of the planned end. `covered`: what a release now states.
+    """
 
     delta: float
     charged: float | None
     planned: float | None
+    covered: float | None
 
 
 def segments_and_replays(record: RunRecord) -> tuple[list[Segment], list[Replay]]:
@@ -57,7 +61,7 @@ def segments_and_replays(record: RunRecord) -> tuple[list[Segment], list[Replay]
             end = line["to"]
             if segments and who is not None:
                 segments[-1].end = max(line["step"], min(segments[-1].end, line["to"]))
-        else:
+        elif line["kind"] == "open":
             facts = (line.get("devices"), line.get("device_kind"), line.get("job"), line.get("restart"))
             if line["from"] < end:
                 replays.append(Replay(line["attempt"], line["from"], min(end, line["to"])))
@@ -75,9 +79,10 @@ def spent(record: RunRecord, deltas: Sequence[float]) -> list[Spent]:
 def _spent_at(record: RunRecord, delta: float) -> Spent:
     try:
         plan = dataclasses.replace(record.plan, delta=delta)
-        return Spent(delta, plan.epsilon_after(record.charged_steps), plan.epsilon_after(record.charged_at_end))
+        steps = (record.charged_steps, record.charged_at_end, record.covered_steps)
+        return Spent(delta, *(plan.epsilon_after(count) for count in steps))
     except InputError:
-        return Spent(delta, None, None)
+        return Spent(delta, None, None, None)
 
 
 def spending_lines(record: RunRecord, deltas: Sequence[float]) -> Iterator[str]:
@@ -94,12 +99,17 @@ def spending_lines(record: RunRecord, deltas: Sequence[float]) -> Iterator[str]:
         if not record.is_finished
         else ("             the run has come to its planned end")
     )
+    yield f"             {_limit_text(record)}"
     segments, replays = segments_and_replays(record)
     yield from _attempt_lines(record)
     for segment in segments:
         yield f"segment      {_segment_text(segment)}"
     for replay in replays:
         yield f"replay       {_replay_text(replay)}"
+    for line in record.ledger.records:
+        if line["kind"] == "release":
+            yield f"released     step {line['step']}, with a card that covers {line['at_most']} charged steps"
+    yield f"verified     {record.checked}"
     if not plan.enabled:
         yield "epsilon      none (privacy.enabled = false): no guarantee"
         return
@@ -107,6 +117,19 @@ def spending_lines(record: RunRecord, deltas: Sequence[float]) -> Iterator[str]:
         yield "epsilon      none (privacy.insecure_seed is set): NO guarantee, anyone can make the same noise"
         return
     yield from _epsilon_lines(record, spent(record, deltas))
+
+
+def _limit_text(record: RunRecord) -> str:
+    most, promised = record.chargeable_steps, record.ledger.promised
+    if most is None:
+        return "nothing limits new attempts (no privacy.epsilon is set), until a release does"
+    if record.ended is not None:
+        why = "the run was ended for good"
+    elif promised is not None and promised == most:
+        why = "the card of a released model covers no more"
+    else:
+        why = "more would pass privacy.epsilon"
+    return f"{most} can ever be charged, new attempts included: {why}"
 
 
 def _attempt_lines(record: RunRecord) -> Iterator[str]:
@@ -135,17 +158,23 @@ def _replay_text(replay: Replay) -> str:
 
 def _epsilon_lines(record: RunRecord, rows: list[Spent]) -> Iterator[str]:
     finished, own = record.is_finished, record.plan.delta
-    yield f"epsilon      {'delta':<10}" + (
-        "spent" if finished else f"{'planned end':<14}if the stop was decided in advance"
-    )
+    names = {"covered": "if released", "planned": "planned end", "charged": "if the stop was decided in advance"}
+    if finished:
+        names = {"covered": "if released", "charged": "spent"}
+    elif record.covered_steps == record.charged_at_end:
+        del names["covered"]
+    if finished and record.covered_steps == record.charged_steps:
+        del names["covered"]
+    yield f"epsilon      {'delta':<10}" + "".join(f"{name:<14}" for name in names.values()).rstrip()
     for row in rows:
         mark = "  <- the plan's delta" if row.delta == own else ""
-        if row.charged is None or row.planned is None:
+        values = [getattr(row, name) for name in names]
+        if None in values:
             yield f"             {row.delta:<10g}too small for the {record.plan.accountant} accountant{mark}"
-        elif finished:
-            yield f"             {row.delta:<10g}{shown_epsilon(row.charged)}{mark}"
         else:
-            yield f"             {row.delta:<10g}{shown_epsilon(row.planned):<14}{shown_epsilon(row.charged)}{mark}"
+            yield f"             {row.delta:<10g}" + "".join(f"{shown_epsilon(x):<14}" for x in values).rstrip() + mark
+    if "covered" in names:
+        yield f"             a release covers {record.covered_steps} charged steps, those kept for repetitions included"
     if not finished:
         yield "             a stop that is chosen by looking at results costs the planned end's epsilon"
     yield "             choosing this run among others on the same data is not in it: dpscale privacy sweep"
@@ -167,13 +196,22 @@ def spending_json(record: RunRecord, deltas: Sequence[float]) -> dict[str, Any]:
         "steps_charged": record.charged_steps,
         "steps_charged_at_planned_end": record.charged_at_end,
         "committed_step": record.committed_step,
+        "steps_that_can_ever_be_charged": record.chargeable_steps,
+        "steps_that_a_release_covers": record.covered_steps,
         "finished": record.is_finished,
+        "laws_checked": record.checked,
+        "releases": [
+            {key: line[key] for key in ("step", "at_most")}
+            for line in record.ledger.records
+            if line["kind"] == "release"
+        ],
         "attempts": [dataclasses.asdict(attempt) for attempt in record.ledger.attempts],
         "segments": [dataclasses.asdict(segment) for segment in segments],
         "replays": [dataclasses.asdict(replay) for replay in replays],
         "epsilon": [
             {
                 "delta": row.delta,
+                "if_released": _finite(row.covered),
                 "planned_end": _finite(row.planned),
                 "if_the_stop_was_decided_in_advance": _finite(row.charged),
             }

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from dpscale.config import RunConfig
 from dpscale.data.source import SourceMetadata, empty_rows
 from dpscale.data.transforms import Transform, build_transform
-from dpscale.errors import InputError
+from dpscale.errors import DpscaleError, InputError
 from dpscale.losses import (
     Metrics,
     classification_loss,
@@ -31,6 +32,7 @@ from dpscale.models.leaves import join, named, split
 from dpscale.models.pretrained import Origin, load_pretrained
 from dpscale.models.registry import is_language_model
 from dpscale.models.trainable import add_lora, check_lora_is_used, merge_lora, trainable_names, with_lora
+from dpscale.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,28 @@ def weights_digest(tree: Any) -> str:
         hasher.update(f"{name}:{value.dtype.str}:{value.shape};".encode())
         hasher.update(np.ascontiguousarray(value).tobytes())
     return hasher.hexdigest()
+
+
+def has_digest(file: Path, digest: str) -> bool:
+    """Whether a file of `dpscale.weights` holds weights of this `weights_digest`; False where it is damaged."""
+    try:
+        return weights_digest(read_weights(file)) == digest
+    except DpscaleError:
+        return False
+
+
+def release_facts(config: RunConfig, task: Task, program: dict[str, Any]) -> dict[str, Any]:
+    """What a release must know, beside `model_facts`, of how the weights of a step came to be; JSON values.
+
+    `averaged`: the moving average is what was evaluated. `program`: facts from `dpscale.program`.
+    """
+    file = config.model.pretrained
+    return {
+        "averaged": config.training.evaluate_ema,
+        "lora_scale": task.lora_scale,
+        "pretrained": None if file is None else {"file": Path(file).name, "format": config.model.pretrained_format},
+        "program": program,
+    }
 
 
 def build_task(

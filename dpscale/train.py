@@ -24,7 +24,7 @@ from dpscale.data.resident import resident_shapes
 from dpscale.data.source import ExampleSource
 from dpscale.data.users import by_user, split_users
 from dpscale.distributed import Membership, check_agreement, decided_by_process_zero, initialize, is_main
-from dpscale.errors import InputError
+from dpscale.errors import InputError, VerificationError
 from dpscale.evaluate import Evaluator
 from dpscale.feed import Feed, blank_rows
 from dpscale.gradients import check_groups, compiled_steps, make_placement
@@ -46,7 +46,15 @@ from dpscale.sampling import PoissonSampler
 from dpscale.session import Briefing, ledger_facts, open_session
 from dpscale.step import requests_array
 from dpscale.stopping import StopRequests
-from dpscale.task import Task, build_task, example_shapes, model_facts
+from dpscale.task import (
+    Task,
+    build_task,
+    example_shapes,
+    has_digest,
+    model_facts,
+    release_facts,
+    weights_digest,
+)
 from dpscale.verify import AFTER_RESTART, AT_START, MadeUp, verify_steps
 from dpscale.watchdog import Watchdog
 from dpscale.weights import write_weights
@@ -143,10 +151,7 @@ def train(
         stack.callback(watchdog.close)
         with watchdog.grace():
             run.open(new_attempt=new_attempt)
-            if is_main():
-                with explained(directory.model):
-                    facts = model_facts(config, source.metadata, model=model, loss=loss)
-                    directory.write_json(directory.model, facts)
+            run.describe(model_facts(config, source.metadata, model=model, loss=loss))
             run.build()
         run.loop(progress=progress and is_main())
         with watchdog.grace():
@@ -177,6 +182,7 @@ class _Run:
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
         self.epsilon_shown_at = -math.inf
+        self.model: dict[str, Any] = {}
         self.validation: dict[str, float] = {}
 
     def open(self, *, new_attempt: bool) -> None:
@@ -206,8 +212,7 @@ class _Run:
                 new_attempt=new_attempt,
                 report=self.report,
             )
-            if self.task.frozen is not None:
-                self._keep_frozen()
+            self._keep_frozen()
             return briefing.to_json()
 
         self.briefing = Briefing.from_json(decided_by_process_zero(decide))
@@ -222,12 +227,23 @@ class _Run:
         self.stack.callback(self.metrics.close)
 
     def _keep_frozen(self) -> None:
-        """Once a run: the weights that no step changes, so that a release is whole. Their digest is in run.json."""
-        if self.directory.frozen.exists():
+        """The weights that no step changes, under their digest's name, so that a release is whole."""
+        if self.task.frozen is None:
             return
-        half = self.directory.frozen.with_name(f".{self.directory.frozen.name}.{os.getpid()}.tmp")
+        digest = weights_digest(self.task.frozen)
+        file = self.directory.frozen(digest)
+        if file.exists() and has_digest(file, digest):
+            return
+        half = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         write_weights(half, self.task.frozen)
-        os.replace(half, self.directory.frozen)
+        os.replace(half, file)
+
+    def describe(self, model: dict[str, Any]) -> None:
+        """Note what a release of any step of this start must say; each checkpoint's manifest gets it too."""
+        self.model = model | release_facts(self.config, self.task, self.program)
+        if is_main():
+            with explained(self.directory.model):
+                self.directory.write_json(self.directory.model, self.model)
 
     def build(self) -> None:
         """Compile both step functions for their one shape, and place the state of the first step."""
@@ -279,8 +295,20 @@ class _Run:
         made_up = MadeUp(self.mesh, layout, self.source.metadata, len(self.source), resident)
         keys = StepKeys(self.briefing.secret, self.briefing.attempt)
         extent = AFTER_RESTART if self.briefing.restore else AT_START
-        verdict = verify_steps(self.config, self.plan, self.task, placement, self.functions, made_up, extent, keys)
+        where = {"devices": self.mesh.size, "processes": jax.process_count(), "whole": extent is AT_START}
+        try:
+            verdict = verify_steps(self.config, self.plan, self.task, placement, self.functions, made_up, extent, keys)
+        except VerificationError:
+            self._note_verification(where | {"laws": 0}, held=False)
+            raise
+        self._note_verification(where | {"laws": len(verdict.laws)}, held=True)
         self.report(verdict.line())
+
+    def _note_verification(self, facts: dict[str, Any], *, held: bool) -> None:
+        """In the ledger, before anything is charged; process 0 alone writes."""
+        if self.ledger is not None:
+            self.ledger.verified(self.briefing.attempt, self.briefing.start_step, held, facts)
+        self.metrics.verified_laws = facts["laws"] if held else None
 
     def _physical_batch_size(self) -> int:
         rows = agreed_physical_batch_size(self.config, self.plan, self.task, self.source, self.mesh.size)
@@ -424,7 +452,8 @@ class _Run:
             if is_main():
                 self._commit(self.checkpoints.wait())
             head = self.ledger.head if self.ledger is not None else None
-            self.checkpoints.save(step, self.state, {"attempt": self.briefing.attempt, "ledger_head": head})
+            facts = {"attempt": self.briefing.attempt, "ledger_head": head, "model": self.model}
+            self.checkpoints.save(step, self.state, facts)
         self.saved_at, self.saved_step = time.monotonic(), step
 
     def _commit(self, durable: int | None) -> None:

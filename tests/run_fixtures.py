@@ -16,7 +16,7 @@ from dpscale.state import TrainState
 
 STEPS, EVERY = 12, 3
 PROGRAM = {"optimizer.learning_rate": 0.5, "version of jax": "0.10.2"}
-MODEL = {
+MODEL: dict[str, Any] = {
     "schema": 1,
     "source": "dpscale.models",
     "name": "mlp",
@@ -26,6 +26,7 @@ MODEL = {
     "features": {"shape": [8, 8, 1], "dtype": "float32"},
     "preprocessing": {"full_scale": 16.0, "mean": [0.0], "std": [1.0]},
 }
+FACTS = MODEL | {"averaged": False, "lora_scale": None, "pretrained": None, "program": PROGRAM}
 NOISE: dict[str, Any] = {"noise_multiplier": 2.0, "delta": 1e-4, "expected_batch_size": 100}
 
 
@@ -40,7 +41,8 @@ def config(data: dict[str, Any] | None = None, training: dict[str, Any] | None =
 class MadeRun:
     """A run that was started in `root` and did nothing yet."""
 
-    def __init__(self, root: Path, **sections: Any) -> None:
+    def __init__(self, root: Path, facts: dict[str, Any] | None = None, **sections: Any) -> None:
+        self.facts = FACTS | (facts or {})
         self.directory = RunDirectory.at(root)
         self.config = config(**sections)
         self.start()
@@ -57,17 +59,17 @@ class MadeRun:
             self.config,
             len(source),
             source.fingerprint_parts(),
-            PROGRAM,
+            self.facts["program"],
             self.checkpoints,
             new_attempt=new_attempt,
             report=lambda line: None,
         )
         self.checkpoints.close()
-        self.directory.write_json(self.directory.model, MODEL)
+        self.directory.write_json(self.directory.model, self.facts)
 
     def open(self, start: int, end: int, devices: int = 1) -> None:
         """The range record of steps [start, end)."""
-        facts = ledger_facts(self.briefing.plan, PROGRAM, devices, "cpu")
+        facts = ledger_facts(self.briefing.plan, self.facts["program"], devices, "cpu")
         self.ledger.open_range(self.briefing.attempt, start, end, facts)
 
     def save(self, step: int, ran_to: int | None = None) -> None:
@@ -81,7 +83,7 @@ class MadeRun:
     def save_state(self, step: int, state: TrainState) -> None:
         """A true checkpoint of `state`, and its closing record."""
         self.checkpoints = Checkpoints(self.directory.checkpoints, 10)
-        facts = {"attempt": self.briefing.attempt, "ledger_head": self.ledger.head}
+        facts = {"attempt": self.briefing.attempt, "ledger_head": self.ledger.head, "model": self.facts}
         self.checkpoints.save(step, state, facts)
         self.checkpoints.close()
         self.ledger.close(self.briefing.attempt, step, step)

@@ -25,7 +25,7 @@ def card(plan=None, **changes) -> Card:
         "plan": PrivacyPlan(**PLAN | (plan or {})),
         "released_step": 12,
         "charged_steps": 12,
-        "charged_at_end": 12,
+        "covered_steps": 12,
         "finished": True,
         "insecure": False,
         "secret_destroyed": False,
@@ -98,15 +98,28 @@ def test_user_level_privacy_is_printed_with_its_bound():
         assert part not in text
 
 
-def test_a_card_says_that_it_holds_only_while_the_run_is_not_continued_and_how_many_attempts_it_took():
-    made = card(attempts=3)
-    assert "while the run is not continued" in made.to_markdown()
-    assert "while the run is not continued" in made.to_json()["holds"]
-    assert made.to_json()["attempts"] == 3
+def test_a_card_says_what_the_run_is_held_to_and_how_many_attempts_it_took():
+    made = card(attempts=3, covered_steps=14)
+    assert made.epsilon == made.plan.epsilon_after(14)
+    for text in (made.to_markdown(), made.to_json()["holds"]):
+        assert "never charged more than 14 steps" in text
+    assert (made.to_json()["attempts"], made.to_json()["covered_steps"]) == (3, 14)
     assert "charged in 3 attempt(s)" in made.to_markdown()
-    for over in (card(secret_destroyed=True), card(insecure=True)):
-        assert over.to_json()["holds"] is None
-        assert "not continued" not in over.to_markdown()
+    assert "never charged more" not in card(secret_destroyed=True).to_markdown()
+    assert card(insecure=True).to_json()["holds"] is None
+
+
+def test_repeated_steps_without_an_epsilon_that_limits_them_are_an_assumption_of_the_card():
+    assumed = "was not decided by looking at results"
+    assert assumed in card(attempts=2).to_markdown()
+    assert assumed not in card().to_markdown()
+    assert assumed not in card({"epsilon_target": 3.0}, attempts=2).to_markdown()
+
+
+def test_the_card_says_whether_the_laws_were_checked_before_the_first_step():
+    made = card(checked="23 laws held before the first step")
+    assert made.to_json()["laws_checked"] == "23 laws held before the first step"
+    assert "23 laws held before the first step" in made.to_markdown()
 
 
 def test_public_data_and_the_search_are_printed_as_the_owner_stated_them():
@@ -125,7 +138,7 @@ def test_a_run_that_was_stopped_gets_the_planned_ends_epsilon_and_the_other_is_l
     assert made.epsilon == plan.epsilon_after(12)
     assert made.to_json()["epsilon_if_the_stop_was_decided_in_advance"] == plan.epsilon_after(7)
     assert "epsilon if the stop was decided in advance" in made.to_markdown()
-    repeated = card(finished=False, charged_steps=15, charged_at_end=15)
+    repeated = card(finished=False, charged_steps=15, covered_steps=15)
     assert repeated.epsilon == plan.epsilon_after(15)
     assert card(charged_steps=15).epsilon == plan.epsilon_after(15)
 

@@ -189,3 +189,38 @@ def test_a_full_disk_charges_or_refuses_and_leaves_no_half_line(tmp_path):
 def test_the_ledger_holds_no_secret(tmp_path):
     write(tmp_path / "ledger")
     assert SECRET.for_other_processes() not in (tmp_path / "ledger").read_text()
+
+
+def test_a_release_holds_the_run_to_the_steps_of_its_card(tmp_path):
+    ledger = write(tmp_path / "ledger")
+    with pytest.raises(PrivacyError, match="12 steps are charged"):
+        ledger.release(6, 11)
+    ledger.release(6, 14)
+    ledger.release(6, 13)
+    ledger.release(6, 20)  # the smallest counts: every card must stay true
+    assert Ledger.load(tmp_path / "ledger", SECRET).promised == 13
+    ledger.open_range(1, 9, 10, FACTS)
+    with pytest.raises(PrivacyError, match="above the 13 steps that the card of a released model covers"):
+        ledger.open_range(1, 10, 11, FACTS)
+    ledger.begin(2, 6, ["step 9 was lost"])
+    with pytest.raises(PrivacyError, match="13 steps"):
+        ledger.open_range(2, 6, 7, FACTS)
+    assert Ledger.load(tmp_path / "ledger", SECRET).charged_steps == 13
+
+
+def test_what_no_dpscale_writes_around_a_release_is_refused(tmp_path, monkeypatch):
+    ledger = write(tmp_path / "ledger")
+    ledger.release(6, 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_breaks_a_promise", lambda *_: False)
+        ledger.open_range(1, 9, 10, FACTS)
+    with pytest.raises(PrivacyError, match="cannot follow the lines before it"):
+        Ledger.load(tmp_path / "ledger", SECRET)
+
+
+def test_a_verification_is_on_record_and_charges_nothing(tmp_path):
+    ledger = write(tmp_path / "ledger")
+    ledger.verified(1, 6, True, {"laws": 20, "devices": 2, "processes": 1, "whole": False})
+    assert Ledger.load(tmp_path / "ledger", SECRET).charged_steps == 12
+    with pytest.raises(PrivacyError, match="not the current one"):
+        ledger.verified(0, 6, True, {})

@@ -249,6 +249,7 @@ def test_json_and_text_say_the_same(run, capsys):
     assert (said["steps_charged"], said["steps_charged_at_planned_end"], said["finished"]) == (6, STEPS, False)
     assert said["epsilon"][0] == {
         "delta": 1e-4,
+        "if_released": of_steps(STEPS),
         "planned_end": of_steps(STEPS),
         "if_the_stop_was_decided_in_advance": of_steps(6),
     }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from run_fixtures import MODEL, PROGRAM, STEPS, MadeRun, config
+from run_fixtures import FACTS, MODEL, PROGRAM, STEPS, MadeRun, config
 
 import dpscale
 from dpscale import release as release_function
@@ -25,13 +25,14 @@ from dpscale.lease import Lease
 from dpscale.metrics.streams import PublicStream
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
-from dpscale.release import load_release, release
+from dpscale.release import release
+from dpscale.release_files import load_release
 from dpscale.run_record import read_run
-from dpscale.spending import spending_lines
+from dpscale.spending import spending_json, spending_lines
 from dpscale.state import TrainState
 from dpscale.weights import as_tree, named_leaves
 
-release_module = sys.modules["dpscale.release"]
+release_module, release_files = sys.modules["dpscale.release"], sys.modules["dpscale.release_files"]
 SAID = ("privacy.public_data_used=none", "privacy.hyperparameter_search=none")
 FILES = {"weights.safetensors", "orbax", "model.json", "privacy.json", "PRIVACY.md"}
 MOMENTUM = 12345.6789  # stands for what only the optimizer knows
@@ -126,7 +127,7 @@ def test_a_finished_run_releases_its_own_epsilon_and_loads_again_without_jax(run
     assert loaded.card["ledger"]["sha256"] == read_run(run).ledger_sha256
     assert loaded.card["versions"]["jax"] == PROGRAM["version of jax"]
     code = (
-        f"import sys; from dpscale.release import load_release; r = load_release({str(out)!r}); "
+        f"import sys; from dpscale.release_files import load_release; r = load_release({str(out)!r}); "
         "sys.exit('jax' in sys.modules and 'jax is in')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -135,7 +136,8 @@ def test_a_finished_run_releases_its_own_epsilon_and_loads_again_without_jax(run
 
 
 def test_where_the_average_is_what_is_evaluated_it_is_what_is_released(tmp_path):
-    made = MadeRun(tmp_path / "run", training={"ema_decay": 0.9, "evaluate_ema": True})
+    """As the start that saved the step had it; what the config says now does not count."""
+    made = MadeRun(tmp_path / "run", {"averaged": True}, training={"ema_decay": 0.9})
     made.open(0, 3)
     made.save_state(3, dataclasses.replace(state(3), ema=params(7)))
     loaded = load_release(quietly(tmp_path / "run", tmp_path / "out"))
@@ -184,6 +186,105 @@ def test_what_is_released_is_committed_so_that_its_steps_never_run_again_uncharg
     assert (made.briefing.attempt, made.briefing.charged_before) == (1, 6)
 
 
+def released_epsilon(run: Path, out: Path) -> float:
+    return load_release(quietly(run, out)).card["epsilon"]
+
+
+def test_show_release_card_and_limit_agree_with_a_reserve_and_the_card_stays_true(tmp_path):
+    """A card that is out is never overtaken: what it covers is the limit of the run from then on."""
+    made = MadeRun(tmp_path / "run", noise_multiplier=None, epsilon=2.0, replay_reserve=4)
+    run, plan = made.directory.root, made.briefing.plan
+    made.open(0, 6)
+    made.save_state(6, state(6))
+    record = read_run(run)
+    assert (record.charged_at_end, record.covered_steps, record.chargeable_steps) == (STEPS, STEPS + 4, STEPS + 4)
+    assert f"{STEPS + 4} can ever be charged" in "\n".join(spending_lines(record, [1e-4]))
+    said = spending_json(record, [1e-4])["epsilon"][0]
+    early = released_epsilon(run, tmp_path / "early")
+    assert early == said["if_released"] == plan.epsilon_after(STEPS + 4) <= 2.0
+    # The rest, all of the reserve and no step more.
+    made.start()
+    made.open(6, 12)
+    made.save_state(12, state(12))
+    shutil.rmtree(made.directory.checkpoints / "12")
+    made.start()
+    assert made.briefing.last_step == 10
+    made.open(6, 10)
+    made.save_state(10, state(10))
+    assert read_run(run).charged_steps == STEPS + 4
+    assert plan.epsilon_after(read_run(run).charged_steps) <= early
+    assert released_epsilon(run, tmp_path / "late") == early
+
+
+@pytest.mark.parametrize("given", [{}, {"noise_multiplier": None, "epsilon": 2.0, "replay_reserve": 4}])
+def test_a_finished_run_is_closed_by_its_release_also_where_a_reserve_or_no_epsilon_would_let_it_go_on(tmp_path, given):
+    run = trained(tmp_path / "run", STEPS, **given)
+    epsilon = released_epsilon(run, tmp_path / "out")
+    assert epsilon == read_run(run).plan.epsilon_after(STEPS)
+    assert read_run(run).chargeable_steps == STEPS
+    shutil.rmtree(run / "ckpt" / "12")
+    made = MadeRun.__new__(MadeRun)
+    made.directory, made.config, made.facts = read_run(run).directory, read_run(run).config, FACTS
+    made.start()
+    assert (made.briefing.attempt, made.briefing.start_step, made.briefing.last_step) == (1, 3, 3)
+    with pytest.raises(PrivacyError, match="card of a released model covers"):
+        made.open(3, 6)
+
+
+def test_a_ledger_that_lost_the_line_of_a_release_is_refused(run, tmp_path):
+    before = (run / "ledger.jsonl").read_bytes()
+    quietly(run, tmp_path / "out")
+    (run / "ledger.jsonl").write_bytes(before)
+    for opened in (read_run, lambda run: MadeRun(run)):
+        with pytest.raises(PrivacyError, match="does not hold the line of the release"):
+            opened(run)
+
+
+def test_a_release_that_lost_the_lease_writes_nothing_more(run, tmp_path, monkeypatch):
+    before = (run / "ledger.jsonl").read_bytes()
+
+    def lost(lease):
+        raise RunDirectoryError("another run took over")
+
+    monkeypatch.setattr(Lease, "check", lost)
+    with pytest.raises(RunDirectoryError, match="took over"):
+        quietly(run, tmp_path / "out")
+    assert (run / "ledger.jsonl").read_bytes() == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_released_is_described_by_the_start_that_saved_it_and_not_by_later_ones(tmp_path):
+    """Another program went on after step 6, and its config and model.json are the ones that are there."""
+    run = trained(tmp_path / "run", 6)
+    made = MadeRun.__new__(MadeRun)
+    made.directory, made.config = read_run(run).directory, read_run(run).config
+    later = PROGRAM | {"version of jax": "0.99", "optimizer.learning_rate": 0.25}
+    made.facts = FACTS | {"averaged": True, "options": {"widths": [9]}, "program": later}
+    made.start(new_attempt=True)
+    made.open(6, 9)
+    made.save_state(9, dataclasses.replace(state(9), ema=params(7)))
+    old, new = (load_release(quietly(run, tmp_path / str(step), step=step)) for step in (3, 9))
+    assert (old.model["options"], new.model["options"]) == ({"widths": [4]}, {"widths": [9]})
+    assert (old.card["versions"]["jax"], new.card["versions"]["jax"]) == ("0.10.2", "0.99")
+    assert old.card["program_digest"] != new.card["program_digest"]
+    for made_of, loaded in ((params(3), old), (params(7), new)):
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, made_of)
+    assert old.card["released"].startswith("the weights")
+
+
+@pytest.mark.parametrize("damage", ["another program", "nothing"])
+def test_a_manifest_that_describes_another_program_than_the_ledger_is_not_released(run, tmp_path, damage):
+    path = run / "ckpt" / "12" / "manifest.json"
+    values = json.loads(path.read_text())
+    if damage == "nothing":
+        del values["facts"]["model"]
+    else:
+        values["facts"]["model"]["program"]["optimizer.learning_rate"] = 0.25
+    path.write_text(json.dumps(values))
+    with pytest.raises(RunDirectoryError, match="does not say" if damage == "nothing" else "another program than"):
+        quietly(run, tmp_path / "out")
+
+
 def test_a_step_that_can_no_longer_be_committed_is_not_released(tmp_path):
     run = saved_but_not_committed(tmp_path / "run").directory.root
     record = read_run(run)
@@ -196,11 +297,8 @@ def test_a_step_that_can_no_longer_be_committed_is_not_released(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_pretrained_weights_are_public_data_on_the_card_and_contradict_none(run, tmp_path):
-    path = run / "config.toml"
-    text = path.read_text()
-    path.write_text(text.replace("[model]\n", '[model]\npretrained = "/weights/vit.npz"\n'))
-    assert path.read_text() != text
+def test_pretrained_weights_are_public_data_on_the_card_and_contradict_none(tmp_path):
+    run = trained(tmp_path / "run", 6, facts={"pretrained": {"file": "vit.npz", "format": "npz"}})
     with pytest.raises(InputError, match="pre-trained weights count as public data: say what"):
         quietly(run, tmp_path / "out")
     said = ["privacy.public_data_used=ImageNet-21k", SAID[1]]
@@ -283,16 +381,16 @@ def test_a_directory_with_something_in_it_is_refused_and_an_empty_one_taken(run,
         quietly(run, tmp_path / "empty")
 
 
-WRITES = ("write_weights", "_write_json", "_card", "write_atomically", "_sync", "sync_directory")
+WRITES = ("write_weights", "write_json", "_promised", "_card", "write_atomically", "_sync", "sync_directory")
 
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=type)
 def test_a_release_that_fails_at_any_write_leaves_nothing_behind(run, tmp_path, monkeypatch, write, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(release_module, write, fail)
+    monkeypatch.setattr(release_module if hasattr(release_module, write) else release_files, write, fail)
     with pytest.raises((InputError, KeyboardInterrupt)):
         quietly(run, tmp_path / "target" / "out")
     left = [entry.name for entry in (tmp_path / "target").iterdir()]
@@ -365,9 +463,6 @@ def test_a_run_in_use_or_damaged_releases_nothing(run, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(RunDirectoryError, match="checkpoint of step 12 is damaged"):
         quietly(run, tmp_path / "out")
-    (run / "model.json").unlink()
-    with pytest.raises(RunDirectoryError, match=r"model\.json is missing"):
-        quietly(run, tmp_path / "out", step=3)
     (run / "ledger.jsonl").write_bytes(b"")
     with pytest.raises(PrivacyError):
         quietly(run, tmp_path / "out", step=3)
@@ -412,7 +507,7 @@ def test_a_run_without_its_secret_cannot_go_on_nor_be_submitted(tmp_path):
     run = trained(tmp_path / "run", 6)
     quietly(run, tmp_path / "out", destroy_secret=True)
     made = MadeRun.__new__(MadeRun)
-    made.directory, made.config = read_run(run).directory, config()
+    made.directory, made.config, made.facts = read_run(run).directory, config(), FACTS
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     with pytest.raises(RunDirectoryError, match="ended for good"):
         made.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from dpscale.metrics.plot import plot_run
 from dpscale.metrics.status import write_status
 from dpscale.metrics.streams import PublicStream, SensitiveStream
 from dpscale.page import Page
+from dpscale.privacy.card import RECORD_RELATIONS, USER_RELATIONS
 from dpscale.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -167,6 +169,20 @@ def test_where_records_may_be_added_or_removed_their_number_is_not_shown(tmp_pat
     assert "1024" not in text
     (run / "plan.json").write_text(json.dumps(PLAN | {"num_examples": 4567}))
     assert "4567" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize("relation", ["zero_out", "add_or_remove", "replace_one"])
+def test_a_page_of_a_run_that_protects_users_speaks_of_users_as_the_card_does(tmp_path, relation):
+    run = make_run(tmp_path / "run")
+    users = {"unit": "user", "max_examples_per_user": 7, "neighboring_relation": relation, "num_examples": 4567}
+    (run / "plan.json").write_text(json.dumps(PLAN | users))
+    text = html.unescape(write_report(run).read_text())
+    assert USER_RELATIONS[relation] in text
+    assert "one user with all its records, of which at most 7 are used" in text
+    assert "private for one user" in text
+    assert not any(words in text for words in RECORD_RELATIONS.values())
+    assert (">users<" in text) == (relation != "add_or_remove")
+    assert ">records<" not in text
 
 
 def test_epsilon_is_never_shown_below_its_value_and_an_unfinished_run_says_what_counts(tmp_path):

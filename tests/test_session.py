@@ -21,6 +21,7 @@ from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.run_directory import RunDirectory
+from dpscale.run_record import RunRecord
 
 STEPS, EVERY, RESERVE = 12, 3, 2
 SECRET = RootSecret.from_insecure_seed(3)
@@ -72,18 +73,47 @@ class World:
     def __init__(self, path: Path, store: Store, shared: "Shared", budget: float | None, name: int):
         self.path, self.store, self.shared, self.budget, self.name = path, store, shared, budget, name
         self.moved, self.process = name > 0, None
+        self.promises: list[int] = []
         self.keys: set = set()  # every (attempt, step) that was ever saved here, or in what this is a copy of
+
+    @property
+    def plan(self) -> Any:
+        plan: Any = SimpleNamespace(steps=STEPS, chargeable_steps=STEPS + RESERVE, epsilon_target=self.budget)
+        plan.last_step = functools.partial(PrivacyPlan.last_step, plan)
+        return plan
+
+    def release(self):
+        """What `dpscale release` writes of a run that nobody is running."""
+        self.kill()
+        ledger = Ledger.load(self.path, SECRET)
+        if ledger.current is None or not self.store.steps():
+            return
+        facts: dict[str, Any] = dict.fromkeys(("directory", "config", "ended"))
+        record = RunRecord(
+            plan=self.plan, identity={}, secret=SECRET, saved=[], ledger=ledger, ledger_sha256="", **facts
+        )
+        self.promises.append(record.covered_steps)
+        assert record.covered_steps >= ledger.charged_steps
+        ledger.release(self.store.steps()[-1], record.covered_steps)
+        assert record.covered_steps == self.promises[-1], "the card would say something else when it is made again"
 
     def start(self, changed: bool):
         if self.process is not None:
             return
         ledger = Ledger.load(self.path, SECRET)
-        plan: Any = SimpleNamespace(steps=STEPS, chargeable_steps=STEPS + RESERVE, epsilon_target=self.budget)
-        plan.last_step = functools.partial(PrivacyPlan.last_step, plan)
+        plan = self.plan
         for asked in (changed, True):  # a refusal is answered by --new-attempt
             try:
                 brief = session._brief(
-                    ledger, plan, SECRET, self.store, lambda line: None, moved=self.moved, changed=[], asked=asked
+                    ledger,
+                    plan,
+                    SECRET,
+                    self.store,
+                    lambda line: None,
+                    moved=self.moved,
+                    changed=[],
+                    asked=asked,
+                    model={},
                 )
                 break
             except RunDirectoryError:
@@ -147,6 +177,7 @@ class World:
         twin = World(place / str(name), Store(), self.shared, self.budget, name)
         if self.path.exists():
             shutil.copy(self.path, twin.path)
+        twin.promises = list(self.promises)
         twin.store.saved = {step: Saved(s.lineage, dict(s.facts), s.whole) for step, s in self.store.saved.items()}
         return twin
 
@@ -154,6 +185,7 @@ class World:
         self.keys |= {(attempt, at) for saved in self.store.saved.values() for attempt, at, _ in saved.lineage}
         ledger = Ledger.load(self.path, SECRET)
         assert len(self.keys) <= ledger.charged_steps, "steps whose results may have been seen are not charged"
+        assert all(ledger.charged_steps <= promise for promise in self.promises), "a card is no longer true"
         if self.budget is not None:
             assert ledger.charged_steps <= STEPS + RESERVE, "more was charged than the allowed epsilon has room for"
 
@@ -196,6 +228,8 @@ OPERATIONS = (
     "damage",
     "restore",
     "copy",
+    "release",
+    "release",
 )
 
 
@@ -214,6 +248,8 @@ def play(world: World, operation: str, count: int) -> None:
     elif operation == "restore":
         world.kill()
         world.restore_damaged()
+    elif operation == "release":
+        world.release()
     elif operation == "finish":
         world.start(changed=False)
         for _ in range(STEPS):
@@ -240,6 +276,8 @@ SAVED_3_AND_6 = "run 3, save 4, run 3, save 4"
 @example(scenario(f"{SAVED_3_AND_6}, run 3, save 3, kill 1, run 1, damage 1, run 1, damage 1, run 3"), None)
 @example(scenario(f"{SAVED_3_AND_6}, damage 1, run 4, kill 1, restore 1, run 3"), None)
 @example(scenario(f"{SAVED_3_AND_6}, damage 1, run 1, save 4, kill 1, finish 1"), 3.0)
+@example(scenario(f"{SAVED_3_AND_6}, release 1, damage 1, run 4, save 4, damage 1, finish 1, release 1"), None)
+@example(scenario("finish 1, release 1, damage 1, changed 4, save 4, finish 1"), 3.0)
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     moves=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2), st.integers(1, 4)), max_size=30),

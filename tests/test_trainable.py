@@ -10,11 +10,12 @@ from safetensors.numpy import load_file
 from dpscale.clipping import clipped_grad
 from dpscale.config import config_from_dict
 from dpscale.data.arrays import ArraySource
-from dpscale.errors import InputError
+from dpscale.errors import InputError, RunDirectoryError
 from dpscale.models import as_functional, build_model
 from dpscale.models.leaves import as_tree, join, named, split
 from dpscale.models.trainable import add_lora, check_lora_is_used, merge_lora, trainable_names, with_lora
-from dpscale.release import load_release, release
+from dpscale.release import release
+from dpscale.release_files import load_release
 from dpscale.task import build_task, full_params, weights_digest
 from dpscale.train import train
 
@@ -159,7 +160,8 @@ def test_a_run_trains_the_chosen_leaves_alone_and_resumes_only_with_the_same_fro
         for a, b in zip(jax.tree.leaves(task.params), jax.tree.leaves(result.params), strict=True)
     )
     assert any(line.startswith("trainable") for line in told)
-    kept = load_file(tmp_path / "run" / "frozen.safetensors")
+    (frozen,) = (tmp_path / "run").glob("frozen-*.safetensors")
+    kept = load_file(frozen)
     for name, leaf in named(task.frozen).items():
         np.testing.assert_array_equal(kept[name], leaf)
     whole = full_params(task, result.params)
@@ -175,6 +177,14 @@ def test_a_run_trains_the_chosen_leaves_alone_and_resumes_only_with_the_same_fro
     assert set(named(released)) == set(named(whole))
     for name, leaf in named(released).items():
         np.testing.assert_allclose(leaf, named(whole)[name], rtol=1e-6, atol=1e-7)
+    # Weights that were overwritten since are noticed by their digest, and written again by the next start.
+    written = frozen.read_bytes()
+    frozen.write_bytes(written[:-4] + bytes(4))
+    with pytest.raises(RunDirectoryError, match="does not hold the weights that this step was trained with frozen"):
+        release(tmp_path / "run", tmp_path / "other", statements=said, report=told.append)
+    assert not (tmp_path / "other").exists()
+    train(config, tmp_path / "run", train_data=SOURCE, progress=False, report=told.append)
+    assert frozen.read_bytes() == written
     # Another initialisation of the frozen leaves is another program.
     moved = config_from_dict({**config_of(steps=2, lora_rank=2).model_dump(exclude_none=True), "run": {"seed": 9}})
     with pytest.raises(InputError, match="frozen weights"):

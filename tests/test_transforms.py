@@ -55,13 +55,16 @@ def test_tokens_pass_unchanged():
     assert out.tolist() == [3, 70000]
 
 
-def test_changing_one_record_changes_no_other_records_features():
-    # The whole way: the source's rows, then the transform with every option, for the same ids.
-    other = IMAGES.copy()
-    other[2] = 255 - other[2]
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_changing_one_record_changes_no_other_records_features(dtype):
+    # The whole way: the source's rows, then the transform with every option, for the same ids. The record that changes
+    # is made the largest by far, so that any mean, deviation or range of the data set changes with it.
+    before = (IMAGES // 2).astype(dtype)
+    other = before.copy()
+    other[2] = 255
     ids = np.arange(6)
     results = []
-    for images in (IMAGES, other):
+    for images in (before, other):
         source = as_source((images, np.zeros(6, int)))
         options = section(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], random_flip=True, random_crop_padding=2)
         transform = build_transform(options, source.metadata)

@@ -37,6 +37,7 @@ from dpscale.noise import add_gaussian_noise
 from dpscale.placement import Placement, cut, join
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
+from dpscale.run_record import read_run
 from dpscale.state import Statistics
 from dpscale.step import StepFunctions, build_accumulate, requests_array
 from dpscale.task import Task
@@ -547,8 +548,13 @@ def run(directory: Path, lines: list[str], steps: int = 4, **privacy):
 def test_a_run_says_that_it_was_verified_and_ends_as_it_would_have_without(tmp_path):
     lines: list[str] = []
     with_it = run(tmp_path / "with", lines)
-    assert [line for line in lines if line.startswith("verified: ")]
+    (said,) = [line for line in lines if line.startswith("verified: ")]
+    assert read_run(tmp_path / "with").checked.startswith(f"{laws_in(said)} laws held on 8 device(s) of 1 process(es)")
+    status = json.loads((tmp_path / "with" / "status.json").read_text())
+    assert status["verified_laws"] == laws_in(said)
+    assert f"{laws_in(said)} held on the run" in (tmp_path / "with" / "report.html").read_text()
     without = run(tmp_path / "without", [], verify=False)
+    assert read_run(tmp_path / "without").checked == "not before the first step (privacy.verify was off)"
     for mine, theirs in zip(jax.tree.leaves(with_it.params), jax.tree.leaves(without.params), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     lines.clear()
@@ -563,7 +569,11 @@ def test_a_run_whose_step_breaks_a_law_stops_before_anything_is_charged(tmp_path
         run(tmp_path / "run", [])
     assert caught.value.exit_code == 1
     records = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
-    assert [record["kind"] for record in records] == ["begin"]
+    assert [record["kind"] for record in records] == ["begin", "verify"]
+    assert (records[1]["held"], records[1]["laws"]) == (False, 0)
+    kept = read_run(tmp_path / "run")
+    assert kept.charged_steps == 0
+    assert kept.checked == "not yet; 1 check(s) failed, and no step was run then"
     assert not list((tmp_path / "run" / "ckpt").glob("[0-9]*"))
 
 
@@ -589,6 +599,7 @@ def test_after_a_restart_a_smaller_part_is_verified(tmp_path, monkeypatch):
     first = len(lines)
     run(tmp_path / "run", lines)
     (again,) = [line for line in lines[first:] if line.startswith("verified")]
+    assert read_run(tmp_path / "run").checked.endswith("before the first step, and in part at 1 later start(s)")
     # Without the reference gradient and its two laws.
     assert laws_in(again) <= laws_in(lines[0]) - 2
     assert AFTER_RESTART.draws < AT_START.draws

@@ -34,6 +34,7 @@ class Recorder:
         self._recorded_step = -1
         self._guarantee = plan.enabled and config.privacy.insecure_seed is None
         self._attempt = 0
+        self.verified_laws: int | None = None
         self.durable_step: int | None = None
 
     def recover(self, durable_step: int | None, attempt: int) -> None:
@@ -96,6 +97,7 @@ class Recorder:
                 delta=self._plan.delta if self._plan.enabled else None,
                 guarantee=self._guarantee,
                 attempt=self._attempt,
+                verified_laws=self.verified_laws,
                 checkpoint_step=self.durable_step,
             )
 

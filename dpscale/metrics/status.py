@@ -26,6 +26,7 @@ STATUS_KEYS: Mapping[str, str] = MappingProxyType(
         "guarantee": "false where a fixed seed stands in place of the secret: epsilon then says nothing",
         "attempt": "which attempt is running",
         "updated_at": "when this was written, UTC, ISO 8601",
+        "verified_laws": "how many laws were checked and held before this start's first step; null where none were",
         "checkpoint_step": "step of the newest durable checkpoint, null where there is none",
     }
 )

@@ -15,7 +15,7 @@ from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.shown import shown_epsilon
 
 SCHEMA = 1
-RELATIONS = {
+RECORD_RELATIONS = {
     "zero_out": "one record replaced by one that contributes nothing; the number of records is public",
     "add_or_remove": "one record added or removed",
     "replace_one": "one record replaced by any other",
@@ -25,6 +25,7 @@ USER_RELATIONS = {
     "add_or_remove": "one user's records added or removed",
     "replace_one": "one user's records replaced by any others",
 }
+USER = "user"  # the one unit that groups records
 SEARCHES = {
     "none": "none: the settings were fixed without looking at results",
     "public": "on public data only: it costs no privacy",
@@ -36,21 +37,39 @@ ACCOUNTANTS = {
 }
 
 
+def unit_words(unit: str, most: int | None) -> str:
+    """Who or what is protected, in words; only "user" groups records, at most `most` of each being used."""
+    if unit == USER:
+        return f"one user with all its records, of which at most {most} are used"
+    return f"one {unit_name(unit)}; whoever has several is protected for each, not for all together"
+
+
+def unit_name(unit: str) -> str:
+    """Any other word than "user" and "example" is what the owner calls one record, and may promise too much."""
+    return unit if unit in (USER, "example") else f"record (called '{unit}')"
+
+
+def relation_words(relation: str, unit: str) -> str:
+    """Which data sets are neighbours, in words."""
+    return (USER_RELATIONS if unit == USER else RECORD_RELATIONS)[relation]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """The facts of one release.
 
-    `charged_steps`: what the ledger charges now; `charged_at_end`: what it will at the planned end, which decides
-    epsilon where the run did not come to it. `finished`: whether it did. `averaged`: the
-    moving average of the weights is released. `public_results`: held-out metrics on data
-    that were declared public. `attempts`: how many the run took, each charged. `made_from_size`: what of the plan was
-    made from the number of records. `files`: SHA-256 of what is released, by name.
+    `charged_steps`: what the ledger charges now; `covered_steps`: what the run can be charged until its end, from
+    which epsilon is computed, and which the ledger holds it to. `finished`: whether it came to its planned end.
+    `averaged`: the moving average of the weights is released. `public_results`: held-out metrics on data that were
+    declared public. `attempts`: how many the run took, each charged. `made_from_size`: what of the plan was made from
+    the number of records. `checked`: whether the laws were checked on the run's processes, as a sentence. `files`:
+    SHA-256 of what is released, by name.
     """
 
     plan: PrivacyPlan
     released_step: int
     charged_steps: int
-    charged_at_end: int
+    covered_steps: int
     finished: bool
     insecure: bool
     secret_destroyed: bool
@@ -63,6 +82,7 @@ class Card:
     ledger: Mapping[str, Any]
     program_digest: str
     versions: Mapping[str, str]
+    checked: str = "not known"
     public_results: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,8 +101,8 @@ class Card:
 
     @property
     def epsilon(self) -> float:
-        """What holds for this release: of all charged steps, and of the planned end where the stop was a choice."""
-        return self.plan.epsilon_after(max(self.charged_steps, 0 if self.finished else self.charged_at_end))
+        """What holds for this release: of all steps that the run was, and can still be, charged."""
+        return self.plan.epsilon_after(max(self.charged_steps, self.covered_steps))
 
     @property
     def statement(self) -> str:
@@ -91,8 +111,8 @@ class Card:
         if why is not None:
             return f"NO privacy guarantee: {why}."
         return (
-            f"({shown_epsilon(self.epsilon)}, {self.plan.delta:g})-differential privacy for each {self._unit_name()} "
-            "of the training data, in the central setting."
+            f"({shown_epsilon(self.epsilon)}, {self.plan.delta:g})-differential privacy for each "
+            f"{unit_name(self.plan.unit)} of the training data, in the central setting."
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +125,7 @@ class Card:
             "epsilon": self.epsilon if promised else None,
             "delta": plan.delta if promised else None,
             "epsilon_if_the_stop_was_decided_in_advance": (
-                plan.epsilon_after(self.charged_steps) if promised and not self.finished else None
+                plan.epsilon_after(self.charged_steps) if promised and self._covers_more else None
             ),
             "setting": "central",
             "neighboring_relation": plan.neighboring_relation,
@@ -117,12 +137,14 @@ class Card:
             "released_step": self.released_step,
             "planned_steps": plan.steps,
             "charged_steps": self.charged_steps,
+            "covered_steps": self.covered_steps,
             "attempts": self.attempts,
             "holds": self._holds(),
             "mechanism": self._mechanism(),
             "accountant": plan.accountant,
             "accountant_library": "dp-accounting",
             "accountant_assumptions": self._assumptions(),
+            "laws_checked": self.checked,
             "hyperparameter_search": self.hyperparameter_search,
             "public_data_used": self.public_data_used,
             "pretrained_weights": self.pretrained_weights,
@@ -138,11 +160,11 @@ class Card:
 
     def to_markdown(self) -> str:
         """What PRIVACY.md holds."""
-        plan, relations = self.plan, USER_RELATIONS if self._by_user else RELATIONS
+        plan, relation = self.plan, self.plan.neighboring_relation
         rows = [
             ("Setting", "central: whoever trained saw the data; the promise is to everyone else"),
-            ("Neighbouring data sets", f"{plan.neighboring_relation}: {relations[plan.neighboring_relation]}"),
-            ("Unit of privacy", self._unit()),
+            ("Neighbouring data sets", f"{relation}: {relation_words(relation, plan.unit)}"),
+            ("Unit of privacy", unit_words(plan.unit, plan.max_examples_per_user)),
             ("Released", self._released()),
             ("Covered", self._covers()),
             *self._epsilon_rows(),
@@ -152,9 +174,10 @@ class Card:
             ("Clipping and noise", self._noise()),
             (
                 "Steps",
-                f"{self.charged_steps} charged in {self.attempts} attempt(s), repeated ones included; "
-                f"{plan.steps} planned",
+                f"{self.charged_steps} charged in {self.attempts} attempt(s), repeated ones included; {plan.steps} "
+                f"planned; epsilon covers {self.covered_steps}",
             ),
+            ("Laws checked on the run's own processes", self.checked),
             ("Search for hyper-parameters", SEARCHES.get(self.hyperparameter_search or "", "not stated")),
             ("Public data used", self.public_data_used or "not stated"),
             ("Pre-trained weights", self.pretrained_weights),
@@ -189,30 +212,24 @@ class Card:
         if self.why_no_guarantee is not None:
             return [("epsilon, delta", "none")]
         rows = [("epsilon, delta", f"{shown_epsilon(self.epsilon)} at delta {self.plan.delta:g}")]
-        if not self.finished:
+        if self._covers_more:
             early = shown_epsilon(self.plan.epsilon_after(self.charged_steps))
             rows.append(("epsilon if the stop was decided in advance", f"{early} at delta {self.plan.delta:g}"))
         return rows
 
     @property
     def _by_user(self) -> bool:
-        return self.plan.unit == "user"
+        return self.plan.unit == USER
 
-    def _unit_name(self) -> str:
-        """Only "user" groups records; any other word is what the owner calls one record, and may promise too much."""
-        return self.plan.unit if self.plan.unit in ("user", "example") else f"record (called '{self.plan.unit}')"
-
-    def _unit(self) -> str:
-        if self._by_user:
-            most = self.plan.max_examples_per_user
-            return f"one user with all its records, of which at most {most} are used"
-        return f"one {self._unit_name()}; whoever has several is protected for each, not for all together"
+    @property
+    def _covers_more(self) -> bool:
+        return self.covered_steps > self.charged_steps
 
     def _released(self) -> str:
         if self.finished:
             how = "the run came to its planned end"
         else:
-            how = "the run did not come to its planned end, so the planned end's epsilon holds"
+            how = "the run did not come to its planned end, so the epsilon of all that it may still run holds"
         what = "the moving average of the weights" if self.averaged else "the weights"
         return f"{what} after step {self.released_step} of {self.plan.steps} planned; {how}"
 
@@ -220,12 +237,14 @@ class Card:
         return "these weights, every checkpoint of the run, its public metrics, and the choice among them"
 
     def _holds(self) -> str | None:
-        """Until when; None where the run cannot go on, or nothing is promised."""
-        if self.why_no_guarantee is not None or self.secret_destroyed:
+        """Why it stays true; None where nothing is promised."""
+        if self.why_no_guarantee is not None:
             return None
+        if self.secret_destroyed:
+            return "for good: the run has ended"
         return (
-            "while the run is not continued with further repeated or new steps; the ledger digest on this card says "
-            "which steps it covers"
+            f"for good: the ledger notes this release, and the run is never charged more than {self.covered_steps} "
+            "steps. A copy of its directory made before, or an older state of it, does not know of this"
         )
 
     def _sampling(self) -> str:
@@ -275,6 +294,11 @@ class Card:
             if "the sampling rate" in self.made_from_size:
                 text += f" Whoever knows the expected batch size can compute the number of {one}s from the rate."
             found.append(text)
+        if self.attempts > 1 and self.plan.epsilon_target is None:
+            found.append(
+                "That steps were repeated in a new attempt was not decided by looking at results: no epsilon was set "
+                "that would have limited how many."
+            )
         if self.plan.max_batch_size is not None:
             found.append("Larger draws were cut to a uniform subset; the accountant's analysis is arXiv 2508.15089.")
         return found

@@ -42,7 +42,8 @@ class Ledger:
 
     Guarantees: `open_range` and `close` return after the line is on disk. `charged_steps` never falls below the
     number of distinct (attempt, step) whose output may have been seen: replays of uncommitted steps within an attempt
-    are free, every attempt is charged in full on top of the others.
+    are free, every attempt is charged in full on top of the others. It never rises above `promised`, the number of
+    steps that the cards of released models cover (the smallest; None where nothing was released).
 
     `head`: digest of the last line; `heads`: of all lines. `plans`: digests of the plans that ranges were opened with.
     `records`: the lines without their digests. `torn_bytes`: what follows the last whole line, as a crash leaves it.
@@ -52,6 +53,7 @@ class Ledger:
     path: Path
     secret: RootSecret | None
     attempts: list[Attempt] = field(default_factory=list)
+    promised: int | None = None
     head: str = FIRST
     heads: list[str] = field(default_factory=list)
     plans: set[str] = field(default_factory=set)
@@ -158,6 +160,11 @@ class Ledger:
                 f"step {start} of attempt {attempt} follows steps that {self.path} does not hold (it ends at "
                 f"{current.end}): lines were lost. Restore the ledger; epsilon cannot be computed without them"
             )
+        if self._breaks_a_promise(end):
+            raise PrivacyError(
+                f"steps {start} to {end} would bring {self.path} above the {self.promised} steps that the card of a "
+                "released model covers: the run has ended. Start a new one (its epsilon comes on top)"
+            )
         self._append("open", {"attempt": attempt, "from": start, "to": end, **facts})
 
     def close(self, attempt: int, step: int, ran_to: int) -> None:
@@ -179,6 +186,30 @@ class Ledger:
                 f"{current.end} are charged and not committed in {self.path}"
             )
         self._append("close", {"attempt": attempt, "step": step, "to": ran_to})
+
+    def release(self, step: int, at_most: int) -> None:
+        """State that the weights of `step` leave, with a card whose epsilon covers `at_most` charged steps.
+
+        Nothing may leave before this returns; no range that would charge more is opened after it.
+
+        Raises: PrivacyError where more is charged already, or nothing ran.
+        """
+        if self.current is None or at_most < self.charged_steps:
+            raise PrivacyError(
+                f"{self.charged_steps} steps are charged in {self.path}, more than a card of {at_most} says"
+            )
+        self._append("release", {"attempt": self.current.number, "step": step, "at_most": at_most})
+
+    def verified(self, attempt: int, step: int, held: bool, facts: dict[str, Any]) -> None:
+        """State that the laws were checked on made-up rows before `step` runs, and whether all held.
+
+        Args:
+            facts: what was checked where; nothing that depends on data.
+
+        Raises: PrivacyError when the attempt is not the current one.
+        """
+        self._current(attempt)
+        self._append("verify", {"attempt": attempt, "from": step, "held": held, **facts})
 
     def next_attempt(self) -> int:
         """A number that no attempt has had, here or in a copy of this directory.
@@ -216,16 +247,31 @@ class Ledger:
     def _check_order(self, record: dict[str, Any], where: str) -> None:
         """Refuse what no dpscale writes: it would make the sum of charges meaningless."""
         current, number = self.current, record["attempt"]
-        if record["kind"] == "begin":
+        kind = record["kind"]
+        if kind == "begin":
             fits = all(known.number != number for known in self.attempts)
         elif current is None or current.number != number:
             fits = False
-        elif record["kind"] == "open":
+        elif kind == "open":
             fits = current.committed <= record["from"] <= current.end and record["from"] <= record["to"]
+            fits = fits and not self._breaks_a_promise(record["to"])
+        elif kind == "release":
+            fits = record["at_most"] >= self.charged_steps
+        elif kind == "verify":
+            fits = isinstance(record.get("held"), bool)
         else:
             fits = current.committed <= record["step"] <= current.end and record["step"] <= record["to"]
         if not fits:
             raise PrivacyError(f"{where} cannot follow the lines before it: lines were lost. Restore the file")
+
+    def _breaks_a_promise(self, end: int) -> bool:
+        """Whether charging the current attempt up to step `end` would charge more than a released card covers."""
+        current = self.current
+        return (
+            self.promised is not None
+            and current is not None
+            and self.charged_steps + max(0, end - current.end) > self.promised
+        )
 
     def _take(self, record: dict[str, Any], digest: str) -> None:
         kind = record["kind"]
@@ -236,14 +282,22 @@ class Ledger:
             # Between two commits a shorter range may follow a longer one: what was opened stays charged until a close.
             self.attempts[-1].end = max(self.attempts[-1].end, record["to"])
             self.plans.add(record["plan"])
-        else:
+        elif kind == "release":
+            self.promised = min(record["at_most"], record["at_most"] if self.promised is None else self.promised)
+        elif kind == "close":
             self.attempts[-1].committed, self.attempts[-1].end = record["step"], record["to"]
         self.head = digest
         self.heads.append(digest)
         self.records.append(record)
 
 
-_KEYS = {"begin": ("attempt", "from"), "open": ("attempt", "from", "to"), "close": ("attempt", "step", "to")}
+_KEYS = {
+    "begin": ("attempt", "from"),
+    "open": ("attempt", "from", "to"),
+    "close": ("attempt", "step", "to"),
+    "release": ("attempt", "step", "at_most"),
+    "verify": ("attempt", "from"),
+}
 
 
 def chain_digest(secret: RootSecret, head: str, record: dict[str, Any]) -> str:

@@ -228,14 +228,15 @@ class PrivacyPlan:
         """`epsilon_after` each of several step counts; about 20 ms each at the quickstart's settings."""
         return [self.epsilon_after(count) for count in steps]
 
-    def last_step(self, attempt_start: int, charged_before: int) -> int:
+    def last_step(self, attempt_start: int, charged_before: int, promised: int | None = None) -> int:
         """Where an attempt from step `attempt_start` ends, when earlier ones were charged `charged_before` steps.
 
-        The planned steps, less what the earlier attempts used up of an allowed epsilon and of `replay_reserve`.
+        The planned steps, less what the earlier attempts used up of an allowed epsilon and of `replay_reserve`, and of
+        the `promised` steps that the card of a released model covers.
         """
-        if self.epsilon_target is None:
-            return self.steps
-        return min(self.steps, attempt_start + max(0, self.chargeable_steps - charged_before))
+        allowed = [promised, None if self.epsilon_target is None else self.chargeable_steps]
+        left = [max(0, steps - charged_before) for steps in allowed if steps is not None]
+        return min([self.steps, *(attempt_start + steps for steps in left)])
 
     def dp_event(self, steps: int) -> Any:
         """The dp-accounting DpEvent of `steps` steps, for any accountant that reads those."""

@@ -310,6 +310,7 @@ TABLE = [
         48, "C", "keys and data are arguments of the compiled programs, never part of them",
         STEP + "keys_and_data_are_arguments_and_never_in_the_program",
         NOISE + "the_key_is_not_in_the_program",
+        LAWS + "test_48_programs::test_no_program_that_a_run_compiles_holds_a_key_or_a_record",
     ),
     _law(
         49, "C", "a retry of an uncommitted step has the same draw",

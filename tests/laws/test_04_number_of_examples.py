@@ -62,7 +62,7 @@ def test_a_run_never_plans_again_for_another_number_of_records(tmp_path):
             {},
             NoCheckpoints(),
             new_attempt=False,
-            report=print,  # type: ignore
+            report=lambda line: None,
         )[0]
 
     opened(100, b"data")
