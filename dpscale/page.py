@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 
+NO_PLOTS = (
+    "The plots need matplotlib, which was not installed when this page was written: pip install 'dpscale[plots]'."
+)
 # Nothing may be loaded from anywhere, and nothing runs: also not what a run's name or a log line might smuggle in.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
@@ -110,3 +114,8 @@ def inline_svg(text: str) -> str:
 
 def _described(svg: str, what: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(what)}" ', 1)
+
+
+def written_at() -> str:
+    """Now, for the foot of a title."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

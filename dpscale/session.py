@@ -14,7 +14,7 @@ from typing import Any
 from dpscale.checkpoint import Checkpoints
 from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
-from dpscale.errors import RunDirectoryError
+from dpscale.errors import PrivacyError, RunDirectoryError
 from dpscale.manifest import Found
 from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.plan import PrivacyPlan
@@ -106,6 +106,7 @@ def open_session(
         ledger = Ledger.load(directory.ledger, secret)
         check_plan(ledger, plan, directory)
         check_released(ledger, directory)
+        _check_program(ledger, identity, directory)
         changed = differences(identity["program"], program)
         if changed and not new_attempt:
             raise RunDirectoryError(
@@ -189,6 +190,21 @@ def _identity(directory: RunDirectory, secret: RootSecret, data_fingerprint: byt
             "Restore the data, or start a new run in another directory"
         )
     return identity
+
+
+def _check_program(ledger: Ledger, identity: dict[str, Any], directory: RunDirectory) -> None:
+    """Raises: PrivacyError where run.json no longer states the program that the current attempt's steps were run with.
+
+    Otherwise an edit of that file would let another program use the attempt's noise again.
+    """
+    current, known = ledger.current, digest(identity["program"])
+    for line in ledger.records:
+        of_now = current is not None and line["kind"] == "open" and line["attempt"] == current.number
+        if of_now and line.get("program", known) != known:
+            raise PrivacyError(
+                f"{directory.identity} states another program than {directory.ledger} charged steps of: it was edited "
+                "or replaced. Restore it; or start a new run in another directory"
+            )
 
 
 def _plan(directory: RunDirectory, config: RunConfig, num_examples: int) -> PrivacyPlan:

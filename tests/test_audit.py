@@ -23,8 +23,10 @@ from dpscale.clipping import Flat, clipped_grad
 from dpscale.config import RunConfig
 from dpscale.data.arrays import ArraySource
 from dpscale.data.source import SourceMetadata
+from dpscale.data.users import UserSource
 from dpscale.errors import InputError
 from dpscale.loop import StepKeys
+from dpscale.losses import sum_over_records
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.sampling import PoissonSampler
@@ -210,10 +212,24 @@ def test_more_canaries_than_records_or_fewer_than_two_are_refused(count):
         CanarySource(Kept(metadata, 1), np.ones(count, bool))
 
 
-def test_rows_of_users_are_refused_with_the_config_that_audits_the_same_code():
-    metadata = SourceMetadata("kept", (3,), np.dtype(np.float32), "class", records=4)
-    with pytest.raises(InputError, match=r'Audit the same config with privacy\.unit = "example"'):
-        CanarySource(Kept(metadata, 1), np.ones(4, bool))
+def test_where_users_are_protected_a_canary_is_a_user_with_one_unit_vector_for_all_its_records():
+    users = np.repeat(np.arange(20), np.arange(20) % 4 + 1)
+    features = np.random.default_rng(2).normal(size=(len(users), 3)).astype(np.float32)
+    by_user = UserSource(ArraySource(features, np.zeros(len(users), np.float32)), users, 3)
+    source = CanarySource(by_user, np.array([True, False, True, False]))
+    summed = sum_over_records(linear, uses_key=False)
+    task = canary_task(Task(jnp.ones(3), summed, False, lambda p, e: {}), by_user.metadata, 4, norm=10.0)
+    batch = jax.tree.map(jnp.asarray, source.rows(np.arange(20)))
+    grads = jax.vmap(jax.grad(task.loss), (None, 0))(task.params, batch)
+    planted = np.zeros((20, 4))
+    planted[0, 0] = planted[10, 2] = 10.0
+    np.testing.assert_array_equal(grads["canary"], planted)
+    plain = jax.vmap(jax.grad(summed), (None, 0))(jnp.ones(3), jax.tree.map(jnp.asarray, by_user.rows(np.arange(20))))
+    expected = np.array(plain)
+    expected[[0, 5, 10, 15]] = 0
+    np.testing.assert_allclose(grads["model"], expected, rtol=1e-6)
+    out = clipped_grad(task.loss, clip_norm=0.5)(task.params, batch, jnp.ones(20, bool))
+    np.testing.assert_allclose(out.grad_sum["canary"], [0.5, 0.0, 0.5, 0.0], rtol=1e-5)
 
 
 # Whole audits, through the real path
@@ -262,6 +278,19 @@ def test_correct_code_is_not_accused_and_nothing_but_the_audits_files_is_written
     # Present canaries move by the clip norm, q of the time: their mean release is q, the others' zero.
     means = [saved["released"][:, saved["included"] == on].mean() for on in (True, False)]
     assert means == pytest.approx([0.25, 0.0], abs=5 * 2.7 / np.sqrt(STEPS * 480))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", [None, "noise at 1/10"])
+def test_where_users_are_protected_the_audit_is_of_users(bug, tmp_path, monkeypatch):
+    if bug is not None:
+        noise_at_a_tenth(monkeypatch)
+    data = (np.repeat(FEATURES, 2, axis=0), np.repeat(LABELS, 2), np.repeat(np.arange(1200), 2))
+    made = config(unit="user", max_examples_per_user=2)
+    result = audit(made, tmp_path / "audit", canaries=1000, train_data=data, progress=False)
+    assert (result.examples, result.canaries) == (1200, 1000)
+    assert result.violation == (bug is not None)
+    assert (result.lower_bound > 4) == (bug is not None)
 
 
 def noise_at_a_tenth(monkeypatch):

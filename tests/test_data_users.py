@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 
 import dpscale
+from dpscale.cli import app
 from dpscale.config import RunConfig, config_from_dict
 from dpscale.data.arrays import ArraySource
 from dpscale.data.resident import gather, load_resident
-from dpscale.data.source import empty_rows
+from dpscale.data.source import ExampleSource, empty_rows
 from dpscale.data.users import UserSource
 from dpscale.errors import InputError
 from dpscale.losses import sum_over_records
 from dpscale.privacy.sensitivity import SLACK
 from dpscale.sampling import PoissonSampler
+from dpscale.train import find_source
 
 GENERATOR = np.random.default_rng(3)
 USERS = np.repeat(np.arange(40), GENERATOR.integers(1, 9, 40))
@@ -236,6 +238,65 @@ def test_the_same_users_from_an_npz_file_and_on_the_device_give_the_same_run(pla
     assert same(run(tmp_path / "file", None, data=data), plain)
     given = {"features": FEATURES, "label": LABELS, "user": USERS}
     assert same(run(tmp_path / "device", given, data={"residence": "device"}), plain)
+
+
+def read_back(spec: Path, key: str = "who") -> ExampleSource:
+    """The users of a data set on disk, as a run opens them."""
+    return find_source(config(data={"train": str(spec), "user_key": key}), None, str(spec), "train")
+
+
+@pytest.mark.parametrize("ids", [USERS, USERS.astype(str), USERS.astype(np.uint64)], ids=["numbers", "text", "uint64"])
+@pytest.mark.parametrize(
+    "form", ["parquet", "folder of parquet", "arrow", "converted from parquet", "converted from npz"]
+)
+def test_users_of_every_format_that_holds_ids_are_those_of_arrays(form, ids, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(FEATURES.reshape(-1)), FEATURES.shape[1])
+    table = pa.table({"features": vectors, "labels": LABELS, "who": ids})
+    where = tmp_path / "set"
+    if form == "arrow":
+        where = tmp_path / "set.arrow"
+        with pa.OSFile(str(where), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    elif form == "folder of parquet":
+        where.mkdir()
+        for part in range(3):
+            first, last = (len(ids) * k // 3 for k in (part, part + 1))
+            pq.write_table(table.slice(first, last - first), where / f"train-{part}.parquet", row_group_size=5)
+    else:
+        where = tmp_path / "set.parquet"
+        pq.write_table(table, where)
+    if form.startswith("converted"):
+        if form.endswith("npz"):
+            where = tmp_path / "set.npz"
+            np.savez(where, features=FEATURES, labels=LABELS, who=ids)
+        app(
+            ["data", "convert", str(where), str(tmp_path / "new"), "data.user_key=who", "data.num_classes=2"],
+            standalone_mode=False,
+        )
+        where = tmp_path / "new"
+    found = read_back(where)
+    expected = UserSource(ArraySource(FEATURES, LABELS), ids, MOST)
+    assert len(found) == len(expected) == 40
+    everyone = np.arange(40)
+    for name, array in expected.rows(everyone).items():
+        np.testing.assert_array_equal(found.rows(everyone)[name], array)
+
+
+@pytest.mark.parametrize(
+    ("column", "key", "message"),
+    [
+        ([1.5, 2.5], "who", "column who is of type double, but user ids are whole numbers or text"),
+        ([1, None], "who", "row 1 has no user in column who"),
+        ([1, 2], "whom", "has no column whom: choose one of"),
+    ],
+)
+def test_a_column_that_cannot_tell_users_apart_is_refused(column, key, message, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(4, np.float32)), 2)
+    pq.write_table(pa.table({"features": vectors, "labels": [0, 1], "who": column}), tmp_path / "set.parquet")
+    with pytest.raises(InputError, match=message):
+        read_back(tmp_path / "set.parquet", key)
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ LAYERS = [
     ["dpscale.release"],
     ["dpscale.page"],
     ["dpscale.scaling"],
+    ["dpscale.run_page", "dpscale.sweep_page"],
     ["dpscale.report"],
     ["dpscale.scaling.output"],
     ["dpscale.verify"],

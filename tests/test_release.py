@@ -575,6 +575,23 @@ def test_names_and_trees_are_one_to_one_whatever_the_keys():
             as_tree(bad)
 
 
+def check_that_the_ledger_is_as_documented(path: Path) -> None:
+    """The fields that are written, kind by kind, are those of the table in docs/privacy.md."""
+    docs = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text()
+    table = docs.split("| key | in | meaning |")[1].split("\n\n")[0].splitlines()[2:]
+    documented: dict[str, set[str]] = {}
+    written: dict[str, set[str]] = {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        written.setdefault(line["kind"], set()).update(line)
+    for row in table:
+        names, kinds, _ = (cell.strip() for cell in row.strip("|").split("|", 2))
+        for kind in written if kinds == "all" else kinds.split(", "):
+            documented.setdefault(kind, set()).update(name.strip("` ") for name in names.split(","))
+    assert written == documented
+    assert set(written) == {"begin", "verify", "open", "close", "release"}
+
+
 @pytest.mark.slow
 def test_what_was_trained_is_what_is_released_and_predicts_the_same(tmp_path):
     """From train to a rebuilt model, by the public names and the command line."""
@@ -601,5 +618,7 @@ def test_what_was_trained_is_what_is_released_and_predicts_the_same(tmp_path):
     accuracy = float(np.mean(np.argmax(logits, axis=-1) == everything["label"]))
     assert accuracy == pytest.approx(loaded.card["public_results"]["validation_accuracy"], abs=1e-6)
     assert "for each record (called 'digit') of the training data" in loaded.card["statement"]
+    assert "laws held on 8 device(s) of 1 process(es) before the first step" in loaded.card["laws_checked"]
+    check_that_the_ledger_is_as_documented(tmp_path / "run" / "ledger.jsonl")
     with pytest.raises(RunDirectoryError, match="ended for good"):
         dpscale.train(made, tmp_path / "run", progress=False, report=lambda line: None)

@@ -210,7 +210,7 @@ def test_a_fixed_seed_is_never_called_differentially_private(tmp_path):
 
 
 def test_where_private_files_lie_is_not_on_the_page():
-    from dpscale.report import _named
+    from dpscale.run_page import _named
 
     assert _named("/home/somebody/ward/patients.npz") == "patients.npz"
     assert _named("ward/patients.npz") == "patients.npz"

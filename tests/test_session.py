@@ -413,6 +413,17 @@ def test_a_new_attempt_does_not_excuse_another_plan_or_other_data(tmp_path, chan
         opened(tmp_path / "a", store=store, new_attempt=True, **change)
 
 
+def test_an_edited_run_json_does_not_let_another_program_use_the_noise_again(tmp_path):
+    brief, ledger = opened(tmp_path / "a")
+    ledger.open_range(0, 0, 3, session.ledger_facts(brief.plan, PROGRAM, 1, "cpu"))
+    other = PROGRAM | {"optimizer.learning_rate": 0.25}
+    file = tmp_path / "a" / "run.json"
+    file.write_text(file.read_text().replace('"optimizer.learning_rate": 0.5', '"optimizer.learning_rate": 0.25'))
+    for new_attempt in (False, True):
+        with pytest.raises(PrivacyError, match="states another program than"):
+            opened(tmp_path / "a", program=other, new_attempt=new_attempt)
+
+
 def test_another_seed_or_secret_is_named_as_such(tmp_path):
     opened(tmp_path / "a", insecure_seed=1)
     with pytest.raises(RunDirectoryError, match="secret is not the one"):

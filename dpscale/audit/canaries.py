@@ -37,7 +37,8 @@ class CanarySource:
     """`source` with some of its records, evenly spaced, turned into canaries; it keeps its length.
 
     `included`: bool[canaries]. So the sampling rate, the noise and the number of steps are those of the plan itself.
-    A row's label is [its values, code]: code 0 for a record of the data, i + 1 for canary i if included, else -(i + 1).
+    Where the rows are users, a canary is a user, and all records of its row carry its code. A row's label is
+    [its values, code]: code 0 for a record of the data, i + 1 for canary i if included, else -(i + 1).
     Canaries keep the features of the record in whose place they are.
 
     Raises: InputError for more canaries than records, or labels that this cannot carry.
@@ -49,12 +50,6 @@ class CanarySource:
             raise InputError(
                 f"{count} canaries among {len(source)} examples: each takes the place of one, so choose 2 to "
                 f"{min(len(source), MAX_CANARIES)}; 1000 is a good number"
-            )
-        if source.metadata.records is not None:
-            raise InputError(
-                'privacy.unit = "user": canaries are single records, and rows of users cannot carry them. Audit the '
-                'same config with privacy.unit = "example", without max_examples_per_user and user ids: sampling, '
-                "clip, noise and steps are the same code"
             )
         self._source = source
         self._places = np.arange(count, dtype=np.int64) * len(source) // count

@@ -99,6 +99,29 @@ class Tables:
             start += len(chunk)
         return np.concatenate(parts)
 
+    def ids(self, key: str) -> np.ndarray:
+        """A whole column that tells users apart: int64[N], uint64[N] or text[N].
+
+        Raises: InputError where there is none, it holds anything else, or nothing in some row.
+        """
+        types = self.pa.types
+        if key not in self.names:
+            raise InputError(f"{self.name} has no column {key}: choose one of {', '.join(self.names)} in data.user_key")
+        field = self.schema.field(key).type
+        whole, text = types.is_integer(field), types.is_string(field) or types.is_large_string(field)
+        if not whole and not text:
+            raise InputError(f"{self.name}: column {key} is of type {field}, but user ids are whole numbers or text")
+        dtype = np.dtype(np.str_) if text else np.dtype(np.uint64 if types.is_uint64(field) else np.int64)
+        parts: list[np.ndarray] = [np.zeros(0, dtype)]
+        start = 0
+        for chunk in self.chunks(key):
+            if chunk.null_count:
+                row = start + int(np.argmax(chunk.is_null().to_numpy(zero_copy_only=False)))
+                raise InputError(f"{self.name}: row {row} has no user in column {key}: every record is somebody's")
+            parts.append(np.array(chunk.to_pylist(), dtype))
+            start += len(chunk)
+        return np.concatenate(parts)
+
     def _schema(self, number: int) -> Any:
         if self.is_parquet[number]:
             return self.open(number).schema_arrow

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 from collections import deque
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpscale.data.array_record import DESCRIPTION, FORMAT, RecordLayout, describe, open_shard
-from dpscale.data.source import Batch, ExampleSource
+from dpscale.data.source import Batch, ExampleSource, content_digest
 from dpscale.durable import append_durably, sync_directory, write_atomically
 from dpscale.errors import InputError
 
@@ -30,11 +31,13 @@ def convert(
     source: ExampleSource,
     destination: Path,
     *,
+    users: tuple[str, np.ndarray] | None = None,
     num_threads: int = 4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write `source` as ArrayRecord files into the folder `destination`, and give the number of examples.
 
+    users: data.user_key and the id of each example's user, kept as KEY.npy, where a run looks for them.
     progress: called with (examples done, examples in all).
 
     Guarantees: example i of the result has the features and label of example i of the source, and stays unreadable
@@ -47,9 +50,13 @@ def convert(
     """
     if source.metadata.records is not None:
         raise InputError(f"{source.metadata.name} holds users: convert the records, and name the users in the run")
+    if users is not None and users[1].shape != (len(source),):
+        raise InputError(
+            f"{source.metadata.name}: {len(users[1])} user ids for {len(source)} examples: give one for each"
+        )
     destination.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _only_one(destination):
-        plan = _begin(source, destination)
+        plan = _begin(source, destination, users)
         journal = _journal(destination)
         with ThreadPoolExecutor(num_threads) as pool:
             done = 0
@@ -60,6 +67,8 @@ def convert(
                     append_durably(destination / JOURNAL, json.dumps(journal[number]).encode() + b"\n")
                 done += last - first
                 progress(done, plan["examples"])
+        if users is not None:
+            _write_users(destination, *users)
         _finish(destination, plan, journal)
         return plan["examples"]
 
@@ -69,7 +78,13 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.array_record"
 
 
-def _begin(source: ExampleSource, destination: Path) -> dict[str, Any]:
+def _write_users(destination: Path, key: str, ids: np.ndarray) -> None:
+    data = io.BytesIO()
+    np.save(data, ids, allow_pickle=False)
+    write_atomically(destination / f"{key}.npy", data.getvalue())
+
+
+def _begin(source: ExampleSource, destination: Path, users: tuple[str, np.ndarray] | None) -> dict[str, Any]:
     """The plan of this conversion; an unfinished one of the same source is taken up again."""
     if (destination / DESCRIPTION).exists():
         raise InputError(f"{destination} is a finished data set already: look at it with `dpscale data inspect`")
@@ -84,6 +99,7 @@ def _begin(source: ExampleSource, destination: Path) -> dict[str, Any]:
         "group": group,
         "record_bytes": size,
         "source": source.fingerprint_parts().hex(),
+        "users": None if users is None else [users[0], content_digest({users[0]: users[1]}).hex()],
     }
     path = destination / PLAN
     if path.exists():

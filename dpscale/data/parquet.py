@@ -191,6 +191,11 @@ class TableSource:
 
 
 def open_tables(path: Path, options: SourceOptions) -> TableSource:
+    """What `table_files` finds. Raises: InputError as it and `TableSource` do."""
+    return TableSource(table_files(path), options, str(path))
+
+
+def table_files(path: Path) -> list[Path]:
     """A .parquet or .arrow file, a pattern such as DIR/train-*.parquet, or a folder whose files are all of one split.
 
     Raises: InputError where nothing matches, or a folder holds several splits.
@@ -209,7 +214,7 @@ def open_tables(path: Path, options: SourceOptions) -> TableSource:
         paths = [path]
     if not paths:
         raise InputError(f"no file matches {path}: give a .parquet or .arrow file, a folder of them, or a pattern")
-    return TableSource(paths, options, str(path))
+    return paths
 
 
 def _kind(arrow_type: Any, key: str, name: str) -> tuple[str, int]:

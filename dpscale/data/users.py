@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from dpscale.config import RunConfig
+from dpscale.data.columns import Tables
+from dpscale.data.parquet import table_files
 from dpscale.data.source import FEATURES, LABEL, PRESENT, VALID, Batch, ExampleSource, SourceMetadata, content_digest
 from dpscale.errors import InputError
 from dpscale.sampling import KeyedStream, uniform_subset
 
 USER = "user"
+TABLES = (".parquet", ".arrow")
 _TAG = b"dpscale/records-of-a-user/1/"
 
 
@@ -98,8 +101,8 @@ def by_user(config: RunConfig, source: ExampleSource, users: np.ndarray | None =
     if (config.privacy.unit == USER) != (users is not None or source.metadata.records is not None):
         raise InputError(
             'privacy.unit = "user" and ids that tell users apart belong together, and one is missing: set '
-            "data.user_key (an array in the .npz file or folder), or give train_data=(features, labels, users); "
-            'and privacy.unit = "user"'
+            "data.user_key (an array of the .npz file or folder, a column of Parquet), or give "
+            'train_data=(features, labels, users); and privacy.unit = "user"'
         )
     if users is not None:
         assert bound is not None, "RunConfig asks for it"
@@ -113,11 +116,16 @@ def by_user(config: RunConfig, source: ExampleSource, users: np.ndarray | None =
 
 
 def read_user_ids(spec: str, key: str) -> np.ndarray:
-    """The array `key` of an .npz file, or KEY.npy of a folder: one id for each record.
+    """One id for each record: the array `key` of an .npz file, KEY.npy of a folder, or a column of Parquet or Arrow.
+
+    A folder that `dpscale data convert` wrote holds KEY.npy where it was told of data.user_key.
 
     Raises: InputError when there is none.
     """
     path = Path(spec).expanduser()
+    beside = path.is_dir() and (path / f"{key}.npy").exists()
+    if not beside and (path.suffix in TABLES or any(path.glob("*.parquet")) or any(path.glob("*.arrow"))):
+        return Tables(table_files(path), spec).ids(key)
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
@@ -127,8 +135,8 @@ def read_user_ids(spec: str, key: str) -> np.ndarray:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"data.user_key={key!r}: {path} has no such array that can be read ({error})") from error
     raise InputError(
-        f"data.user_key={key!r}: user ids are read from an .npz file or a folder of .npy files, and data.train is "
-        f"{spec!r}; from Python give train_data=(features, labels, users)"
+        f"data.user_key={key!r}: user ids are read from an .npz file, a folder with {key}.npy, or a column of Parquet "
+        f"or Arrow, and data.train is {spec!r}; from Python give train_data=(features, labels, users)"
     )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from dpscale.durable import write_atomically
 from dpscale.errors import InputError
-from dpscale.report import prediction_page, sweep_page
 from dpscale.scaling.curves import Curves
 from dpscale.scaling.plots import Draw, prediction_figures, scaling_figures, to_png, to_svg
 from dpscale.scaling.predict import Prediction
 from dpscale.scaling.record import SHARED_MODE
 from dpscale.scaling.sweep import Collected
+from dpscale.sweep_page import prediction_page, sweep_page
 
 PROLOGUE = '<?xml version="1.0" encoding="utf-8"?>\n'
 
