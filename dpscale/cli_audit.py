@@ -105,6 +105,7 @@ def _power(config, canaries: int, steps: int | None, confidence: float) -> list[
     from dpscale.audit.power import power, power_lines
     from dpscale.audit.scores import SCORES
     from dpscale.privacy.plan import PrivacyPlan
+    from dpscale.privacy.shown import shown_epsilon
     from dpscale.train import find_source
 
     plan = PrivacyPlan.from_config(config, num_examples=len(find_source(config, None, config.data.train, "train")))
@@ -113,7 +114,7 @@ def _power(config, canaries: int, steps: int | None, confidence: float) -> list[
     count = min(steps or plan.steps, plan.steps)
     furthest = reach(canaries, plan.delta, (1 - confidence) / len(SCORES))
     head = (
-        f"claimed epsilon {plan.epsilon_after(count):.3f} after {count} steps; {canaries} canaries reach "
+        f"claimed epsilon {shown_epsilon(plan.epsilon_after(count))} after {count} steps; {canaries} canaries reach "
         f"{furthest:.3f}. "
         f"Mean lower bounds with {100 * confidence:g} % confidence over {POWER_RUNS} simulated audits:"
     )

@@ -75,7 +75,8 @@ def _privacy_lines(plan: PrivacyPlan) -> Iterator[str]:
     yield from (f"  after step {step:<6} {shown_epsilon(epsilon)}" for step, epsilon in curve)
     if plan.replay_reserve:
         spent = plan.epsilon_after(plan.chargeable_steps)
-        yield f"replay reserve    {plan.replay_reserve} steps on top: {shown_epsilon(spent)} if all were charged"
+        yield f"replay reserve    {plan.replay_reserve} steps on top: {shown_epsilon(spent)} if all are charged,"
+        yield "                  which is what a release before the planned end states"
     yield from (f"warning           {warning}" for warning in plan.warnings)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpscale.audit.run import AuditResult
+from dpscale.privacy.shown import shown_epsilon
 
 SEES = {
     "total": "too little noise, a missing clip, canaries sampled too often",
@@ -20,7 +21,7 @@ def result_lines(result: AuditResult) -> list[str]:
     lines = [
         f"canaries       {result.canaries} of {result.examples} examples, {result.included} included by their coins",
         f"steps          {result.steps}",
-        f"claimed        epsilon {result.claimed:.3f} at delta {result.delta:g}",
+        f"claimed        epsilon {shown_epsilon(result.claimed)} at delta {result.delta:g}",
         f"lower bound    epsilon {result.lower_bound:.3f} with {100 * result.confidence:g} % confidence",
     ]
     for name, found in result.evidence.items():
@@ -36,8 +37,8 @@ def result_lines(result: AuditResult) -> list[str]:
         lines.append("verdict        VIOLATION: epsilon is larger than claimed. Do not publish; run `dpscale verify`")
     elif result.reach <= result.claimed:
         lines.append(
-            f"verdict        none: so few canaries cannot contradict epsilon {result.claimed:.3f}. Take more, or fewer "
-            "steps"
+            f"verdict        none: so few canaries cannot contradict epsilon {shown_epsilon(result.claimed)}. Take "
+            "more, or fewer steps"
         )
     else:
         lines.append("verdict        consistent with the claim")

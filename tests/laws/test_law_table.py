@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from breaks import BREAKS, Break, planted
 from law_table import TABLE, Law
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -32,6 +33,17 @@ def test_every_law_has_tests_that_exist(law: Law):
     for test in law.tests:
         file, name = test.split("::")
         assert name in functions(file), f"law {law.row} ({law.law}) names {test}, which is not there"
+
+
+def test_every_law_has_its_break():
+    assert [plan.row for plan in BREAKS] == [law.row for law in TABLE]
+
+
+@pytest.mark.parametrize("plan", BREAKS, ids=lambda plan: f"{plan.row:02}")
+def test_every_break_still_fits_the_code_and_names_a_test_of_its_law(plan: Break):
+    text = (TESTS.parent / "dpscale" / plan.file).read_text()
+    assert planted(text, plan) != text
+    assert plan.test in TABLE[plan.row - 1].tests
 
 
 @pytest.mark.slow
