@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dpscale.config import DataSection
     from dpscale.data.source import ExampleSource
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="a data set, as data.train takes it")]
@@ -74,6 +73,9 @@ def convert(
     src: Source,
     dst: Annotated[Path, typer.Argument(metavar="DST", help="a new folder, or one where this was interrupted")],
     overrides: Overrides = None,
+    user_key: Annotated[
+        str | None, typer.Option(help="keep each record's user too: what data.user_key would name in SRC")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="threads that read and decode")] = 4,
     debug: Debug = False,
 ) -> None:
@@ -84,24 +86,19 @@ def convert(
     from dpscale.data.convert import convert as write
     from dpscale.data.users import read_user_ids
 
-    source, key = _open(src, overrides), _data_section(overrides).user_key
-    users = None if key is None else (key, read_user_ids(src, key))
+    source = _open(src, overrides)
+    users = None if user_key is None else (user_key, read_user_ids(src, user_key))
     with _progress("converted") as progress:
         count = write(source, dst.expanduser(), users=users, num_threads=threads, progress=progress)
     typer.echo(f"{count:,} examples in {dst}, read back and compared: set data.train to it")
 
 
 def _open(src: str, overrides: list[str] | None) -> ExampleSource:
+    from dpscale.config import partial_config
     from dpscale.data.open import open_source
     from dpscale.data.options import SourceOptions
 
-    return open_source(src, SourceOptions.from_config(_data_section(overrides)))
-
-
-def _data_section(overrides: list[str] | None) -> DataSection:
-    from dpscale.config import partial_config
-
-    return partial_config(overrides or [], ("data",)).data
+    return open_source(src, SourceOptions.from_config(partial_config(overrides or [], ("data",)).data))
 
 
 def _thread_counts(most: int) -> list[int]:

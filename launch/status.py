@@ -48,6 +48,8 @@ def status_lines(run_dir: Path) -> list[str]:
                 lines.append(f"privacy        epsilon {shown_epsilon(own['epsilon'])} at delta {own['delta']:g}")
             else:
                 lines.append("privacy        NONE: a fixed seed stands in place of the secret")
+        if own.get("verified_laws") is not None:
+            lines.append(f"verified       {own['verified_laws']} laws, before the first step of this start")
         lines.append(f"checkpoint     {_checkpoint(own)}")
         lines.append(f"written        {_age(own.get('updated_at'))}")
     ends = read_ends(run_dir)

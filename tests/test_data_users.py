@@ -271,7 +271,7 @@ def test_users_of_every_format_that_holds_ids_are_those_of_arrays(form, ids, tmp
             where = tmp_path / "set.npz"
             np.savez(where, features=FEATURES, labels=LABELS, who=ids)
         app(
-            ["data", "convert", str(where), str(tmp_path / "new"), "data.user_key=who", "data.num_classes=2"],
+            ["data", "convert", str(where), str(tmp_path / "new"), "--user-key", "who", "data.num_classes=2"],
             standalone_mode=False,
         )
         where = tmp_path / "new"

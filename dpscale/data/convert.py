@@ -37,7 +37,7 @@ def convert(
 ) -> int:
     """Write `source` as ArrayRecord files into the folder `destination`, and give the number of examples.
 
-    users: data.user_key and the id of each example's user, kept as KEY.npy, where a run looks for them.
+    users: a name for data.user_key and the id of each example's user, kept as KEY.npy, where a run looks for them.
     progress: called with (examples done, examples in all).
 
     Guarantees: example i of the result has the features and label of example i of the source, and stays unreadable

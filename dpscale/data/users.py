@@ -118,7 +118,7 @@ def by_user(config: RunConfig, source: ExampleSource, users: np.ndarray | None =
 def read_user_ids(spec: str, key: str) -> np.ndarray:
     """One id for each record: the array `key` of an .npz file, KEY.npy of a folder, or a column of Parquet or Arrow.
 
-    A folder that `dpscale data convert` wrote holds KEY.npy where it was told of data.user_key.
+    A folder that `dpscale data convert` wrote holds KEY.npy where it was given --user-key.
 
     Raises: InputError when there is none.
     """
