@@ -8,6 +8,7 @@ in every thread, as after SIGKILL nothing more reaches the disk.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -81,6 +82,7 @@ FAULT_POINTS = [
     "rename finished",
     "remove lease",
 ]
+AS_ORBAX_LIKES = ("Orbax's temporary", "sync the checkpoint's files")
 CONFIG = RunConfig.model_validate(
     {
         "training": {"steps": STEPS, "evaluate_every_steps": 1},
@@ -324,8 +326,10 @@ def check_that_it_goes_on(undisturbed: Undisturbed, run_dir: Path, saved: int) -
 def check_a_death(undisturbed: Undisturbed, run_dir: Path, point: str, nth: int, moment: Moment) -> None:
     with pytest.MonkeyPatch.context() as patch:
         watch, draws = Watch(run_dir, patch, (point, nth), moment), Draws().watch(patch)
-        with pytest.raises((Kill, dpscale.DpscaleError)):
+        with contextlib.suppress(Kill, dpscale.DpscaleError):
             run(run_dir)
+        if point in AS_ORBAX_LIKES and watch.seen[point] <= nth:
+            return  # Orbax divided this checkpoint into fewer files than the undisturbed one
         assert watch.dead, f"{point} did not come {nth + 1} times"
         gc.collect()  # what Orbax left half done complains here, not in another test
     assert draws.by_step.items() <= undisturbed.draws.by_step.items()

@@ -146,7 +146,7 @@ def test_a_run_shows_its_figures_and_its_privacy_statement(pages):
         "1e-05",
         "150 of 150",
         "4.1234",
-        "one image",
+        "record (called",
         "contributes nothing",
         "a run &lt;b&gt;",
     ):

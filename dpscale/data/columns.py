@@ -112,7 +112,7 @@ class Tables:
         if not whole and not text:
             raise InputError(f"{self.name}: column {key} is of type {field}, but user ids are whole numbers or text")
         dtype = np.dtype(np.str_) if text else np.dtype(np.uint64 if types.is_uint64(field) else np.int64)
-        parts: list[np.ndarray] = [np.zeros(0, dtype)]
+        parts: list[Any] = [np.zeros(0, dtype)]
         start = 0
         for chunk in self.chunks(key):
             if chunk.null_count:
