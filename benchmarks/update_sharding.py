@@ -96,6 +96,18 @@ class Case:
         return self.facts | self.sizes | times
 
 
+def noise_ms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the noise adds to `finalize`, the work of all devices together: with privacy less without."""
+    times = {(row["devices"], row["update_sharding"], row["private"]): row["finalize_ms"] for row in rows}
+    return [
+        {
+            "devices": devices,
+            **{f"{mode}_ms": times[devices, mode, True] - times[devices, mode, False] for mode in MODES},
+        }
+        for devices in dict.fromkeys(row["devices"] for row in rows)
+    ]
+
+
 def main() -> None:
     """Measure the cases in turn, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -125,8 +137,16 @@ def main() -> None:
         span = f"{row['finalize_ms']:.0f} ({row['fastest_ms']:.0f} to {row['slowest_ms']:.0f})"
         privacy = "yes" if row["private"] else "no"
         print(f"{row['devices']:>7} {privacy:>8} {row['update_sharding']:>11} {mb:>13} {temp:>13} {span:>22}")
+    noise = noise_ms(rows)
+    for one in noise:
+        whole, cut = one["replicated_ms"], one["sharded_ms"]
+        print(
+            f"{one['devices']:>7} devices, noise alone: {whole:.0f} ms whole, {cut:.0f} ms on shards, {cut / whole:.2f}"
+        )
     head = {"benchmark": "update_sharding", "machine": machine(), "elements": arguments.elements}
-    arguments.out.write_text(json.dumps(head | {"repeats": arguments.repeats, "rows": rows}, indent=2) + "\n")
+    arguments.out.write_text(
+        json.dumps(head | {"repeats": arguments.repeats, "rows": rows, "noise": noise}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

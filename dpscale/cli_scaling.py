@@ -194,7 +194,7 @@ def predict(
     from dpscale.scaling.forecast import Asked, forecast
     from dpscale.scaling.output import write_prediction
     from dpscale.scaling.point import MODES, parse_counts, parse_names
-    from dpscale.scaling.predict import prediction_lines
+    from dpscale.scaling.prediction_text import prediction_lines
 
     asked = Asked(
         counts=tuple(parse_counts(gpus)),

@@ -29,10 +29,15 @@ p { margin: .4rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; max-width: 40rem; }
-.scroll { overflow-x: auto; }
+/* A shadow at the side where a table goes on; the covers scroll along with it and hide the shadow at its ends. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(90deg, #fff 1rem, #fff0 2rem) left / 2rem 100% no-repeat local,
+  linear-gradient(270deg, #fff 1rem, #fff0 2rem) right / 2rem 100% no-repeat local,
+  linear-gradient(90deg, #0003, #0000) left / .7rem 100% no-repeat,
+  linear-gradient(270deg, #0003, #0000) right / .7rem 100% no-repeat; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .42rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 table.pairs { width: 100%; max-width: 46rem; }
 .pairs td { white-space: normal; text-align: left; overflow-wrap: anywhere; vertical-align: top; }
@@ -40,9 +45,12 @@ table.pairs { width: 100%; max-width: 46rem; }
 ul { padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 @media (max-width: 30rem) { body { padding: .8rem; } table { font-size: .8rem; } th, td { padding: .25rem .4rem; } }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } h2 { break-after: avoid; }
-  figure, .fact, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 8pt; }
-  th, td { padding: 2pt 4pt; white-space: normal; } a { color: inherit; } }
+@media print { @page { margin: 15mm 14mm; } body { max-width: none; padding: 0; font-size: 10pt; }
+  h2 { break-after: avoid; margin-top: 1.2rem; } figure, .fact, .note, tr, li, table.pairs { break-inside: avoid; }
+  .facts { grid-template-columns: repeat(4, 1fr); } .figures { grid-template-columns: 1fr 1fr; gap: .5rem; }
+  figure:only-child { grid-column: 1 / -1; } figure:only-child svg { max-width: 12cm; }
+  .scroll { overflow: visible; background: none; } table { font-size: 7pt; } th, td { padding: 2pt; }
+  .note { print-color-adjust: exact; -webkit-print-color-adjust: exact; } a { color: inherit; } }
 """
 
 

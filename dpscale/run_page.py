@@ -9,8 +9,8 @@ from typing import Any
 
 from dpscale.config import load_config
 from dpscale.data.builtin import BUILTIN
-from dpscale.errors import DpscaleError
-from dpscale.metrics.plot import draw_run, latest
+from dpscale.errors import InputError
+from dpscale.metrics.plot import NoMatplotlibError, draw_run, latest
 from dpscale.metrics.records import Record, read_records
 from dpscale.metrics.status import read_status
 from dpscale.page import NO_PLOTS, Page, inline_svg, written_at
@@ -79,13 +79,15 @@ def _run_curves(page: Page, run: Path, plan: dict[str, Any], records: Sequence[R
         else:
             svg = draw_run(run, epsilon_allowed=plan.get("epsilon_target"), kind="svg").decode()
         page.figures({"accuracy and epsilon against steps": inline_svg(svg)})
-    except DpscaleError:
+    except NoMatplotlibError:
         page.text(NO_PLOTS)
+    except InputError:
+        page.text("There is neither an accuracy nor an epsilon to draw.")
     records = latest(list(records))
     shown = records[:: -max(1, -(-len(records) // MOST_ROWS))][::-1]  # the last one always
     names = ("step", "epsilon", "validation_accuracy", "validation_loss", "learning_rate")
     names = [name for name in names if any(record.get(name) is not None for record in shown)]
-    page.table([name.replace("_", " ") for name in names], [[_number(r.get(n)) for n in names] for r in shown])
+    page.table([name.replace("_", " ") for name in names], [[_number(n, r.get(n)) for n in names] for r in shown])
 
 
 def _privacy(page: Page, plan: dict[str, Any], status: dict[str, Any]) -> None:
@@ -180,7 +182,9 @@ def _json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _number(value: Any) -> str:
+def _number(name: str, value: Any) -> str:
     if value is None:
         return "-"
+    if name == "epsilon":
+        return shown_epsilon(value)
     return str(value) if isinstance(value, int) else f"{value:.4g}"

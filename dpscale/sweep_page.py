@@ -6,15 +6,21 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpscale.errors import InputError
+from dpscale.metrics.plot import NoMatplotlibError
 from dpscale.page import NO_PLOTS, Page, written_at
 from dpscale.scaling.curves import Curves, law_text, overhead_text
 from dpscale.scaling.fits import Interval
 from dpscale.scaling.plots import Draw, prediction_figures, scaling_figures, to_svg
 from dpscale.scaling.point import MODES, Mode
-from dpscale.scaling.predict import LABELS, PUBLISHED_TEXT, Prediction, fit_lines
-from dpscale.scaling.record import PARTS_METHOD
+from dpscale.scaling.predict import LABELS, PUBLISHED_TEXT, Prediction
+from dpscale.scaling.prediction_text import fit_lines
+from dpscale.scaling.record import INSIDE, PARTS, PARTS_METHOD
 from dpscale.scaling.sweep import Collected
+
+IN_BRACKETS = (
+    "finalize is reduction, noise and update as they run, fused; the others are part of host, hidden behind the "
+    "device, or not in every step"
+)
 
 
 def sweep_page(
@@ -34,7 +40,8 @@ def sweep_page(
     page.section("Fitted laws and the price of privacy")
     page.items([law_text(law) for law in found.laws] + [overhead_text(one) for one in found.overheads])
     page.section("How the time of a step was split")
-    page.text(PARTS_METHOD)
+    _parts_table(page, found)
+    page.text(f"{PARTS_METHOD} In brackets: {IN_BRACKETS}.")
     if prediction is not None:
         prediction_section(page, prediction, found)
     page.section("Missing points")
@@ -87,7 +94,7 @@ def prediction_section(page: Page, found: Prediction, measured: Curves | None) -
 def _figures(page: Page, figures: Mapping[str, Draw]) -> None:
     try:
         page.figures({name.replace("-", " "): to_svg(name, draw) for name, draw in figures.items()})
-    except InputError:
+    except NoMatplotlibError:
         page.text(NO_PLOTS)
 
 
@@ -129,7 +136,26 @@ def _point(mode: Mode, row: Any) -> list[str]:
     ]
 
 
+def _parts_table(page: Page, found: Curves) -> None:
+    """Everything that the records split the step into, once for each count and batch, in milliseconds."""
+    head = ["kind", "devices", "batch", "whole step, ms", *PARTS, *(f"({name.replace('_', ' ')})" for name in INSIDE)]
+    rows = {(row.devices, row.batch, row.variant): row for row in reversed(found.rows)}
+    page.table(
+        head,
+        [
+            [row.variant, str(row.devices), f"{row.batch:g}", *map(_ms, (row.step_s.value, *row.parts.values()))]
+            for _, row in sorted(rows.items(), key=lambda item: (item[0][:2], item[1].variant == "nonprivate"))
+        ],
+    )
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f}"
+
+
 def _percents(interval: Interval) -> str:
+    if interval.low == interval.high == 1:
+        return "base"
     return f"{100 * interval.low:.0f}\u2013{100 * interval.high:.0f} %"
 
 

@@ -52,7 +52,7 @@ LAYERS = [
         "dpscale.audit",
         "dpscale.verify_config",
     ],
-    ["dpscale.scaling.parts", "dpscale.scaling.measure", "dpscale.scaling.in_task"],
+    ["dpscale.scaling.parts", "dpscale.scaling.bench", "dpscale.scaling.measure", "dpscale.scaling.in_task"],
     ["launch"],
     ["dpscale.scaling.job", "dpscale.scaling.by_hand"],
     ["dpscale.cli_cluster", "dpscale.cli_audit", "dpscale.cli_bench", "dpscale.cli_data", "dpscale.cli_privacy"],

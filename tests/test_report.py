@@ -22,9 +22,13 @@ from dpscale.metrics.streams import PublicStream, SensitiveStream
 from dpscale.page import Page
 from dpscale.privacy.card import RECORD_RELATIONS, USER_RELATIONS
 from dpscale.report import write_report
+from dpscale.scaling.curves import curves
+from dpscale.scaling.output import write_curves
+from dpscale.scaling.sweep import collect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PHONE, DESKTOP = 390, 1280
+PAPER = 688  # A4 less the margins of page.py, 182 mm at 96 dots an inch
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(1)>&"'
 PLAN = {
     "num_examples": 4500,
@@ -241,7 +245,8 @@ def test_a_sweep_shows_its_curves_its_laws_and_what_they_cannot_show(pages):
         "nonprivate",
     ):
         assert shown in text, shown
-    assert text.count("<svg ") == 5
+    assert text.count("<svg ") == 6
+    assert "(input wait)" in text
 
 
 def test_without_matplotlib_the_page_has_the_tables_and_says_what_is_missing(tmp_path, monkeypatch):
@@ -251,6 +256,33 @@ def test_without_matplotlib_the_page_has_the_tables_and_says_what_is_missing(tmp
         text = write_report(directory).read_text()
         assert "dpscale[plots]" in text
         assert "<table>" in text
+
+
+def test_only_a_missing_matplotlib_is_passed_over(tmp_path, monkeypatch):
+    planted(tmp_path / "sweep", [1, 2], by_amdahl)
+    collected = collect(tmp_path / "sweep")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert write_curves(collected, curves(collected), [], tmp_path / "without", png=True).exists()
+        assert not list((tmp_path / "without").glob("*.svg"))
+
+    def broken(*_):
+        raise InputError("another reason")
+
+    monkeypatch.setattr("dpscale.scaling.output.to_svg", broken)
+    with pytest.raises(InputError, match="another reason"):
+        write_curves(collected, curves(collected), [], tmp_path / "with", png=True)
+
+
+def test_an_epsilon_of_the_table_and_of_the_plot_is_never_below_its_value(tmp_path):
+    run = make_run(tmp_path / "run")
+    public = PublicStream(run, validation_is="public")
+    public.recover(150)
+    public.write(151, epsilon=3.00001, delta=1e-5)
+    public.commit(151)
+    text = write_report(run).read_text()
+    assert "<td>3.001</td>" in text
+    assert "epsilon 3.01" in text
 
 
 def test_another_directory_is_refused_with_what_to_give(tmp_path):
@@ -273,15 +305,23 @@ def test_the_verb_writes_the_page_without_jax(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 @pytest.mark.parametrize("kind", ["run", "sweep"])
-def test_in_a_browser_the_page_fits_a_phone_and_a_desktop_and_loads_nothing(pages, tmp_path, kind):
-    """Opened in frames of both widths by a page of ours that measures them: nothing sticks out, every drawing shows."""
-    frames = "".join(f'<iframe style="width:{width}px;height:900px;border:0"></iframe>' for width in (PHONE, DESKTOP))
+def test_in_a_browser_the_page_fits_a_phone_a_desktop_and_paper_and_loads_nothing(pages, tmp_path, kind):
+    """Opened in frames of these widths by a page of ours that measures them: nothing sticks out, every drawing shows.
+
+    The frame for paper has the print style by other means: a frame cannot be printed.
+    """
+    widths = (PHONE, DESKTOP, PAPER)
+    frames = "".join(f'<iframe style="width:{width}px;height:900px;border:0"></iframe>' for width in widths)
     script = """
     const page = PAGE, frames = [...document.querySelectorAll('iframe')];
-    Promise.all(frames.map(f => new Promise(done => { f.onload = done; f.srcdoc = page; }))).then(() => {
+    const paper = page.replace('@media print', '@media all');
+    Promise.all(frames.map((f, at) => new Promise(
+        done => { f.onload = done; f.srcdoc = at == 2 ? paper : page; }))).then(() => {
       document.title = JSON.stringify(frames.map(f => {
         const d = f.contentDocument, w = f.contentWindow;
         return {inner: w.innerWidth, scroll: d.documentElement.scrollWidth,
+                tables: [...d.querySelectorAll('.scroll')].map(s => s.scrollWidth - s.clientWidth),
+                lines: [...d.querySelectorAll('.scroll td')].map(c => c.getClientRects().length && c.clientHeight),
                 drawings: [...d.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width),
                 font: parseFloat(w.getComputedStyle(d.querySelector('p')).fontSize),
                 fetched: w.performance.getEntriesByType('resource').length}; })); });
@@ -295,10 +335,16 @@ def test_in_a_browser_the_page_fits_a_phone_and_a_desktop_and_loads_nothing(page
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    for width, seen in zip((PHONE, DESKTOP), json.loads(title[1]), strict=True):
-        assert seen["inner"] == width
-        assert seen["scroll"] <= width, f"the page is wider than a screen of {width}"
-        assert seen["font"] >= 15
-        assert seen["fetched"] == 0
-        assert len(seen["drawings"]) == (1 if kind == "run" else 5)
-        assert all(250 < drawing <= width for drawing in seen["drawings"])
+    phone, desktop, paper = seen = json.loads(title[1])
+    for width, frame in zip(widths, seen, strict=True):
+        assert frame["inner"] == width
+        assert frame["scroll"] <= width, f"the page is wider than a screen of {width}"
+        assert frame["fetched"] == 0
+        assert len(frame["drawings"]) == (1 if kind == "run" else 6)
+        assert all(250 < drawing <= width for drawing in frame["drawings"])
+    assert min(phone["font"], desktop["font"]) >= 15
+    assert max(desktop["tables"]) <= 0, "a table does not fit a desktop"
+    assert paper["lines"], "there are tables"
+    assert max(paper["lines"]) < 1.5 * min(paper["lines"]), "a cell of a table is broken on paper"
+    if kind == "sweep":
+        assert max(paper["drawings"]) < PAPER / 2, "drawings stand side by side on paper"

@@ -8,7 +8,8 @@ import pytest
 from dpscale.config import config_from_dict
 from dpscale.errors import InputError
 from dpscale.sampling import PoissonSampler
-from dpscale.scaling.measure import LEAD_IN_STEPS, SECRET, WARM_UP_STEPS, Bench, measure
+from dpscale.scaling.bench import LEAD_IN_STEPS, SECRET, WARM_UP_STEPS, Bench
+from dpscale.scaling.measure import measure
 from dpscale.scaling.options import Effort
 from dpscale.scaling.parts import over_processes
 from dpscale.scaling.point import Setting

@@ -11,7 +11,8 @@ from dpscale.sampling import PoissonSampler
 from dpscale.scaling.forecast import Asked, forecast
 from dpscale.scaling.network import SHIPPED, all_reduce, load_network
 from dpscale.scaling.point import Setting, settings
-from dpscale.scaling.predict import fit_network, predict, prediction_lines, step
+from dpscale.scaling.predict import fit_network, predict, step
+from dpscale.scaling.prediction_text import prediction_lines
 from dpscale.scaling.workload import Assumed, Workload, assumed_workloads, draws_of, measured_workloads
 
 VIT_BYTES = 344e6
@@ -156,6 +157,20 @@ def test_what_would_help_comes_with_the_largest_first():
     shares = [float(line.split("%")[0]) for line in found.help if " of the step: " in line]
     assert shares == sorted(shares, reverse=True)
     assert len(shares) >= 3
+
+
+def test_it_says_where_privacy_scales_worse_than_sgd_and_that_the_sharded_update_mends_it():
+    both = assumed_workloads(ASSUMED, PUHTI)
+    whole = predict(both, PUHTI, [8, 1024], ("strong", "weak"))
+    worst = whole.curve("nonprivate", "strong")[1].efficiency - whole.curve("private", "strong")[1].efficiency
+    assert worst > 0
+    assert f"strong: DP-SGD keeps {100 * worst:.1f} points less of ideal than SGD at 1024 devices" in whole.help[-2]
+    assert "update_sharding" in whole.help[-2]
+    cut = {variant: dataclasses.replace(one, sharded=True) for variant, one in both.items()}
+    expected = [
+        f"{mode}: DP-SGD keeps at least as much of ideal as SGD does, at every count" for mode in ("strong", "weak")
+    ]
+    assert list(predict(cut, PUHTI, [8, 1024], ("strong", "weak")).help[-2:]) == expected
 
 
 def test_an_assumed_speed_is_never_shown_as_measured():

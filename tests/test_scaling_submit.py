@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from dpscale.config import config_from_dict
+from dpscale.config import config_from_dict, load_config
+from dpscale.data.open import open_source
+from dpscale.data.options import SourceOptions
 from dpscale.errors import InputError
 from dpscale.scaling.by_hand import measure_by_hand
 from dpscale.scaling.job import Wanted, by_hand, layout, submit_sweep
 from dpscale.scaling.options import Effort, MeasureOptions
 from dpscale.scaling.point import Setting
-from dpscale.scaling.sweep import Sweep
+from dpscale.scaling.sweep import Sweep, data_kind, logical_batch
 from launch.submit import Submission
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,6 +156,20 @@ def test_a_second_submission_makes_up_for_the_missing_points_only(login):
     (sweep / "records" / first[0].setting.record_name("private")).write_text("{}")
     again = submit_sweep(config_from_dict(CONFIG), sweep, ask, asked(), dry_run=False)
     assert [job.setting for job in again] == [first[1].setting]
+
+
+def test_the_shipped_setting_is_the_one_that_the_readme_predicts_and_reaches_80_devices(login):
+    config = load_config(ROOT / "configs" / "scaling" / "vit_b16.toml")
+    assert logical_batch(config)[0] == 25_000
+    assert (config.model.name, config.performance.update_sharding) == ("vit_b16", "sharded")
+    assert data_kind(config, declared_public=False) == "made up"
+    assert open_source(config.data.train, SourceOptions.from_config(config.data)).metadata.feature_shape == (
+        224,
+        224,
+        3,
+    )
+    jobs = submit_sweep(config, login / "s", wanted(devices=(1, 80), repeats=1), asked(), dry_run=True)
+    assert {(job.setting.devices, job.setting.batch) for job in jobs} == {(1, 25e3), (80, 25e3), (80, 2e6)}
 
 
 def test_no_gpus_can_be_asked_of_a_profile_that_has_some(login):

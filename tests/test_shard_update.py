@@ -25,7 +25,6 @@ from dpscale.step import build_finalize, requests_array
 RNG = np.random.default_rng(5)
 FEATURES, LABELS = RNG.standard_normal((2, 11, 6)), RNG.standard_normal((2, 11))
 OPTIMIZERS = [
-    {"name": "sgd"},
     {"name": "sgd", "momentum": 0.9, "nesterov": True},
     {"name": "adamw", "weight_decay": 0.1},
     {"name": "lamb", "weight_decay": 0.1},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dpscale.errors import InputError
 from dpscale.metrics.files import SHARED_MODE, replace_file
 from dpscale.metrics.records import Record, read_records
+from dpscale.privacy.shown import shown_epsilon
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,13 @@ STYLE: dict[Any, Any] = {
 MARKED_POINTS = 40  # with more points than this, markers would merge into a thick line
 
 Series = list[tuple[int, float]]
+
+
+class NoMatplotlibError(InputError):
+    """A plot was asked for where there is nothing to draw it with."""
+
+    def __init__(self) -> None:
+        super().__init__("A plot needs matplotlib, which is not installed: pip install 'dpscale[plots]'")
 
 
 def plot_run(
@@ -76,7 +84,7 @@ def draw_run(
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise InputError("A plot needs matplotlib, which is not installed: pip install 'dpscale[plots]'") from error
+        raise NoMatplotlibError from error
     with mpl.rc_context(STYLE):
         image = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else None
@@ -134,7 +142,7 @@ def _last_step(*series: Series) -> int:
 
 def _title(accuracy: Series, epsilon: Series) -> str:
     last_step = _last_step(accuracy, epsilon)
-    parts = [f"epsilon {epsilon[-1][1]:.2f}"] if epsilon else []
+    parts = [f"epsilon {shown_epsilon(epsilon[-1][1], 2)}"] if epsilon else []
     if accuracy:
         step, value = accuracy[-1]
         when = "" if step == last_step else f" (step {step:,})"

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpscale.scaling.fits import Interval, amdahl, centre, gustafson, interval, resampled
 from dpscale.scaling.point import MODES, VARIANTS, Mode, Variant
-from dpscale.scaling.record import PARTS, Record
+from dpscale.scaling.record import INSIDE, PARTS, Record
 from dpscale.scaling.sweep import Collected, Missing
 
 BOOTSTRAP_SEED = 0
@@ -22,7 +22,8 @@ BOOTSTRAP_SEED = 0
 class Row:
     """One point of a curve, over its repeats. Speed-up and efficiency are relative to the smallest count of the curve.
 
-    `device_hours_per_epoch`: as many examples as the data set has, in expectation. `parts`: seconds of a step, medians.
+    `device_hours_per_epoch`: as many examples as the data set has, in expectation. `parts`: seconds of a step, medians,
+    of all that a record splits it into (`record.Parts`); None for a checkpoint that was not timed.
     """
 
     variant: Variant
@@ -38,7 +39,7 @@ class Row:
     efficiency: Interval
     padded_rows_share: float
     device_hours_per_epoch: float
-    parts: dict[str, float]
+    parts: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def law_text(law: Law) -> str:
 def overhead_text(one: Overhead) -> str:
     """One sentence about the price of privacy."""
     r = one.ratio
-    return f"private / non-private step, {one.mode}, {one.devices} devices: {r.value:.2f} ({r.low:.2f} to {r.high:.2f})"
+    devices = f"{one.devices} device{'s' if one.devices > 1 else ''}"
+    return f"private / non-private step, {one.mode}, {devices}: {r.value:.2f} ({r.low:.2f} to {r.high:.2f})"
 
 
 def _curve(
@@ -181,7 +183,7 @@ def _curve(
                 efficiency=Interval(*(value / ratio[at] for value in asdict(speed_up).values())),
                 padded_rows_share=first.padded_rows_share,
                 device_hours_per_epoch=float(first.num_examples / rate[at] * count / 3600),
-                parts={name: float(np.median([getattr(r.parts, name) for r in group])) for name in PARTS},
+                parts={name: _median(getattr(r.parts, name) for r in group) for name in (*PARTS, *INSIDE)},
             )
         )
     if len(counts) < 2:
@@ -191,6 +193,11 @@ def _curve(
         return rows, [Law(variant, mode, "Amdahl", serial, len(counts))]
     serial = interval(float(gustafson(counts, rate)), gustafson(counts, draws))
     return rows, [Law(variant, mode, "Gustafson", serial, len(counts))]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return float(np.median(there)) if there else None
 
 
 def _overheads(mode: Mode, records: Iterable[Record], rng: np.random.Generator) -> list[Overhead]:

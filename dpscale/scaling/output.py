@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpscale.durable import write_atomically
 from dpscale.errors import InputError
+from dpscale.metrics.plot import NoMatplotlibError
 from dpscale.scaling.curves import Curves
 from dpscale.scaling.plots import Draw, prediction_figures, scaling_figures, to_png, to_svg
 from dpscale.scaling.predict import Prediction
@@ -43,8 +44,8 @@ def _write(folder: Path, files: Mapping[str, str], figures: Mapping[str, Draw], 
             drawn[f"{name}.svg"] = PROLOGUE + to_svg(name, draw) + "\n"
             if png:
                 drawn[f"{name}.png"] = to_png(draw)
-    except InputError:
-        pass  # no matplotlib: the page says so
+    except NoMatplotlibError:
+        pass  # the page says so
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in drawn.items():

@@ -6,8 +6,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpscale.errors import InputError
-from dpscale.metrics.plot import BLUE, GREY, STYLE, VERMILION
+from dpscale.metrics.plot import BLUE, GREY, STYLE, VERMILION, NoMatplotlibError
 from dpscale.page import inline_svg
 from dpscale.scaling.curves import Curves, Row
 from dpscale.scaling.point import MODES, VARIANTS, Mode, Variant
@@ -36,7 +35,7 @@ def scaling_figures(found: Curves, others: Sequence[Curves] = ()) -> dict[str, D
         if any(row.mode == mode for row in found.rows):
             figures[f"{mode}-throughput"] = lambda figure, mode=mode: _throughput(figure, found, others, mode)
             figures[f"{mode}-efficiency"] = lambda figure, mode=mode: _efficiency(figure, found, others, mode)
-    figures["step-time"] = lambda figure: _step_time(figure, found)
+            figures[f"{mode}-step-time"] = lambda figure, mode=mode: _step_time(figure, found, mode)
     return figures
 
 
@@ -66,7 +65,7 @@ def _drawn(draw: Draw, kind: str, salt: str) -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise InputError("A plot needs matplotlib, which is not installed: pip install 'dpscale[plots]'") from error
+        raise NoMatplotlibError from error
     with mpl.rc_context({**STYLE, "font.size": 9.5, "svg.hashsalt": salt}):
         figure = Figure(figsize=SIZE, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
         FigureCanvasAgg(figure)
@@ -144,29 +143,27 @@ def _with_interval(axes: Axes, rows: list[Row], values: Sequence[Any], style: st
     )
 
 
-def _step_time(figure: Figure, found: Curves) -> None:
-    """Stacked bars: what a step's time goes to, for every point."""
-    axes = figure.subplots()
-    rows = sorted(found.rows, key=lambda row: (row.devices, row.batch, VARIANTS.index(row.variant)))
-    rows = [row for at, row in enumerate(rows) if (row.devices, row.batch, row.variant) not in _keys(rows[:at])]
-    names = [f"{'DP' if row.variant == 'private' else 'SGD'}\n{row.devices}\n{row.batch:g}" for row in rows]
-    bottom = [0.0] * len(rows)
-    for part in PARTS:
-        heights = [1e3 * max(0.0, row.parts[part]) for row in rows]
-        axes.bar(range(len(rows)), heights, 0.7, bottom=bottom, color=PART_COLOUR[part], label=part)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes.plot(range(len(rows)), [1e3 * row.step_s.value for row in rows], "k_", markersize=14, label="whole step")
-    axes.set_xticks(range(len(rows)), names, fontsize=8)
-    axes.grid(visible=False, axis="x")
-    axes.set_ylabel("Milliseconds a step")
-    axes.set_xlabel("kind, devices, logical batch")
-    axes.set_ylim(top=1.3 * axes.get_ylim()[1])
-    axes.legend(fontsize=8, ncols=3, frameon=False, loc="upper left")
-    _caption(figure, "Where the time of a step goes", found.caveat)
-
-
-def _keys(rows: Sequence[Row]) -> set[tuple]:
-    return {(row.devices, row.batch, row.variant) for row in rows}
+def _step_time(figure: Figure, found: Curves, mode: Mode) -> None:
+    """Stacked bars: the shares of a step at every count, side by side for each kind."""
+    kinds: list[tuple[Variant, list[Row]]] = [(one, rows) for one in VARIANTS if (rows := found.curve(one, mode))]
+    panels = list(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0])
+    for axes, (variant, rows) in zip(panels, kinds, strict=True):
+        bottom = [0.0] * len(rows)
+        for part in PARTS:
+            heights = [100 * max(0.0, row.parts[part] or 0.0) / row.step_s.value for row in rows]
+            axes.bar(range(len(rows)), heights, 0.7, bottom=bottom, color=PART_COLOUR[part], label=part)
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        axes.axhline(100, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)))
+        axes.set_xticks(range(len(rows)), [str(row.devices) for row in rows], fontsize=8)
+        axes.grid(visible=False, axis="x")
+        axes.set_title(VARIANT_LABEL[variant], fontsize=9.5)
+        axes.set_xlabel("Devices")
+    panels[0].set_ylabel("% of the whole step")
+    panels[0].set_ylim(top=max(105.0, panels[0].get_ylim()[1]))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=8, ncols=len(PARTS), frameon=False, loc="outside upper center"
+    )
+    _caption(figure, "", f"{mode.capitalize()} scaling: where the time of a step goes. {found.caveat}".strip())
 
 
 def _predicted(figure: Figure, found: Prediction, measured: Curves | None, mode: Mode) -> None:
@@ -218,7 +215,7 @@ def _measured_points(axes: Axes, measured: Curves | None, mode: Mode, counts: se
 def _finish(figure: Figure, axes: Axes, title: str, found: Curves) -> None:
     axes.set_xlabel("Devices")
     _device_ticks(axes, sorted({row.devices for row in found.rows}))
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, handlelength=3.2)
     _caption(figure, title, found.caveat)
 
 
@@ -239,6 +236,7 @@ def _device_ticks(axes: Axes, counts: list[int]) -> None:
 def _caption(figure: Figure, title: str, caveat: str) -> None:
     import textwrap
 
-    figure.suptitle(title, fontsize=11)
+    if title:
+        figure.suptitle(title, fontsize=11)
     if caveat:
         figure.supxlabel(textwrap.fill(caveat, 84), fontsize=7, color=GREY)

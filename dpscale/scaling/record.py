@@ -16,6 +16,7 @@ from dpscale.scaling.point import Mode, Setting, Variant
 SCHEMA_VERSION = 1
 SHARED_MODE = 0o644  # nothing in a record derives from private data
 PARTS = ("accumulate", "reduction", "noise", "update", "host")
+INSIDE = ("finalize", "input_wait", "transfer", "checkpoint")  # of other parts, or hidden, or not in every step
 PARTS_METHOD = (
     "loop: wall time of the training loop, the maximum over processes. device: as many accumulations and as many "
     "finalizations on one batch that is already in place. host = loop - device: what input, transfer, sampling and "
