@@ -191,6 +191,7 @@ TABLE = [
         SESSION + "a_change_is_refused_with_the_difference_and_changes_nothing",
         SESSION + "a_new_attempt_is_charged_on_top_with_other_keys_for_batch_and_noise",
         "test_program::test_what_changes_an_update_is_shown",
+        "test_program::test_the_last_bit_of_a_constant_anywhere_in_the_loss_is_seen",
         RESUME + "two_processes_then_one_then_two_end_as_one",
     ),
     _law(

@@ -31,6 +31,7 @@ def spellings(words: np.ndarray) -> set[str]:
     return decimal | {np.uint32(value).tobytes().hex() for value in values}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residence", ["host", "device"])
 def test_no_program_that_a_run_compiles_holds_a_key_or_a_record(residence, tmp_path, monkeypatch):
     used: list[np.ndarray] = []
