@@ -139,6 +139,7 @@ def ledger_facts(plan: PrivacyPlan, program: dict[str, Any], mesh_size: int, dev
     return {
         "plan": plan.digest(),
         "program": digest(program),
+        "versions": {key.removeprefix("version of "): program[key] for key in program if key.startswith("version of ")},
         "devices": mesh_size,
         "device_kind": device_kind,
         "job": os.environ.get("SLURM_JOB_ID"),

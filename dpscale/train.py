@@ -417,11 +417,12 @@ class _Run:
             return
         length = self.config.checkpoint.every_steps or DEFAULT_RANGE_STEPS
         self.range_end = min((step // length + 1) * length, self.briefing.last_step)
-        self.check_replicas((self.state.params, self.state.ema))
+        state = self.check_replicas((self.state.params, self.state.ema))
         check_agreement(f"the draw of step {step}", self.feed.draw_digest(step), "All must run one version.")
         if self.ledger is not None and self.lease is not None:
             self.lease.check()
             facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
+            facts["state"] = self.briefing.secret.mac("fingerprint", b"state before the range/" + state)
             self.ledger.open_range(self.briefing.attempt, step, self.range_end, facts)
             self.metrics.status("running", step, self._epsilon(self.range_end))
 
