@@ -22,7 +22,7 @@ quickstart: $(STAMP)  ## train a private CNN on 4,500 real MNIST digits (epsilon
 
 test: $(STAMP)  ## every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slurm' --durations=15
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slurm --durations=15
 
 test-fast: $(STAMP)  ## the tests to run before each commit
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
@@ -60,7 +60,7 @@ stop-cluster:  ## end it again
 	$(BIN)/python slurm/local-cluster/cluster.py stop $(CLUSTER)
 
 soak: $(STAMP)  ## 20 kills of random processes at random moments, on that SLURM
-	DPSCALE_SOAK_KILLS=20 DPSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm/test_soak.py
+	DPSCALE_SOAK_KILLS=20 DPSCALE_REQUIRE_SLURM=1 $(BIN)/python -m pytest -s tests/slurm/test_soak.py
 
 fuzz: $(STAMP)  ## 60 random programs through the clipping engine instead of 8
 	DPSCALE_FUZZ_PROGRAMS=60 $(BIN)/python -m pytest -n 2 tests/test_clipping_fuzz.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import time
 from dataclasses import replace
@@ -123,20 +124,21 @@ def logs(
 
     where, shown = _absolute(run), 0
     path = log_files(where, rank)[-1]
+    text = codecs.getincrementaldecoder("utf-8")("replace")
     while True:
+        # Asked before reading: what was written until then is shown, and no line of the old file is left out.
+        newest, finished = log_files(where, rank)[-1], (where / "finished").exists()
         with path.open("rb") as file:
             file.seek(shown)
             data = file.read()
         shown += len(data)
-        typer.echo(data.decode(errors="replace"), nl=False)
-        if not follow:
+        typer.echo(text.decode(data, final=not follow), nl=False)
+        if not follow or (finished and newest == path and not data):
             return
-        newest = log_files(where, rank)[-1]
         if newest != path:  # the job came back: its new incarnation has a file of its own
             path, shown = newest, 0
-        elif (where / "finished").exists() and not data:
-            return
-        time.sleep(FOLLOW_POLL_S)
+        else:
+            time.sleep(FOLLOW_POLL_S)
 
 
 def stop(

@@ -8,22 +8,29 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dpscale.errors import DpscaleError
+from dpscale.slurm import node_address
 from launch import slurm_commands
 from launch.attempt import PACKAGES
+
+if TYPE_CHECKING:
+    from dpscale.distributed import Membership
 
 SLOW_RENAME_S = 0.1
 SLOW_COLLECTIVE_S = 0.05
 CLOCK_TOLERANCE_S = 5.0
+SHORT_KILL_WAIT_S = 10
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,10 @@ class Finding:
     level: Literal["ok", "warn", "fail"]
     what: str
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        if self.level != "ok" and not self.remedy:
+            raise ValueError(f"{self.what}: a finding that is not ok needs a remedy")
 
     def line(self) -> str:
         return f"{self.level:<5} {self.what}" + (f": {self.remedy}" if self.remedy else "")
@@ -46,7 +57,7 @@ def examine(directory: Path, say: Callable[[str], None]) -> int:
     try:
         membership = Membership.from_environment()
         initialize(membership)
-        checks += check_devices(membership.num_processes)
+        checks += [*check_processes(membership), *check_devices(membership.num_processes)]
         main = is_main()
     except DpscaleError as error:
         checks.append(Finding("fail", "the processes do not find each other", str(error)))
@@ -97,7 +108,20 @@ def check_slurm() -> list[Finding]:
     if "cgroup" not in settings.get("ProctrackType", ""):
         remedy = "processes that leave their session may outlive a job: look for them after a kill"
         findings.append(Finding("warn", f"processes are tracked by {settings.get('ProctrackType')}", remedy))
-    return findings
+    return [*findings, _signals(settings)]
+
+
+def _signals(settings: Mapping[str, str]) -> Finding:
+    """What a job hears before it is ended."""
+    first = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
+    preempted = settings.get("PreemptType", "preempt/none").removeprefix("preempt/")
+    how = "no preemption" if preempted == "none" else f"preemption by {preempted}, {'USR2' if first else 'TERM'} first"
+    wait = re.match(r"\d+", settings.get("KillWait", ""))
+    what = f"signals: {how}; KILL comes {wait[0] if wait else '?'} s after TERM"
+    if wait and int(wait[0]) < SHORT_KILL_WAIT_S:
+        remedy = "a save after TERM may be cut off: keep stop_margin_s (profile) above the time of a step and a save"
+        return Finding("warn", what, remedy)
+    return Finding("ok", what)
 
 
 def check_file_system(directory: Path) -> list[Finding]:
@@ -130,6 +154,49 @@ def check_file_system(directory: Path) -> list[Finding]:
         remedy = "leases and STOP files compare times: synchronise the clocks"
         findings.append(Finding("fail", f"{directory}: its clock differs by {skew_s:.0f} s from this node's", remedy))
     return findings
+
+
+def check_processes(membership: Membership) -> list[Finding]:
+    """Who takes part, from where, with which devices; and whether their clocks agree."""
+    import jax
+
+    from dpscale.distributed import gathered
+
+    gathered(None)  # a barrier, so that all read their clocks now
+    mine = {
+        "clock": time.time(),
+        "node": os.environ.get("SLURMD_NODENAME", platform.node()),
+        "address": _own_address(membership),
+        "devices": [f"{device.platform}:{device.local_hardware_id}" for device in jax.local_devices()],
+    }
+    everyone = gathered(mine)
+    findings = []
+    for node in dict.fromkeys(one["node"] for one in everyone):
+        here = [(rank, one) for rank, one in enumerate(everyone) if one["node"] == node]
+        shares = "; ".join(f"{rank} has {' '.join(one['devices'])}" for rank, one in here)
+        findings.append(Finding("ok", f"{node} at {here[0][1]['address']}, processes and devices: {shares}"))
+    clocks = [one["clock"] for one in everyone]
+    apart_s = max(clocks) - min(clocks)
+    if apart_s > CLOCK_TOLERANCE_S:
+        late, early = (everyone[clocks.index(clock)]["node"] for clock in (min(clocks), max(clocks)))
+        what = f"the clocks of {late} and {early} differ by {apart_s:.0f} s"
+        findings.append(Finding("fail", what, "leases and STOP files compare times: synchronise the clocks"))
+    return findings
+
+
+def _own_address(membership: Membership) -> str:
+    """The address from which this process reaches process 0."""
+    if membership.task is not None:
+        towards = os.environ.get("DPSCALE_HEAD_ADDRESS") or node_address(membership.task.nodes[0])
+    else:
+        towards = (membership.coordinator or "127.0.0.1").rpartition(":")[0] or "127.0.0.1"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(towards.strip("[]"), 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "an unknown address"
 
 
 def check_devices(num_processes: int) -> list[Finding]:

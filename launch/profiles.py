@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dpscale.config import nearest
 from dpscale.errors import InputError
 
-SHIPPED = Path(__file__).resolve().parent.parent / "slurm" / "profiles"
+SHIPPED = Path(__file__).resolve().parent / "slurm" / "profiles"  # launch/slurm is a link; a wheel has the files
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 

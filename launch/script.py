@@ -23,6 +23,9 @@ HEAD = """\
 umask 077
 trap : TERM USR2  # the tasks handle both; this shell waits for srun and then decides
 dpscale_restart=${SLURM_RESTART_COUNT:-0}
+# One element of a job array has the array's own number: SLURM must be asked about that element alone.
+dpscale_job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+dpscale_job=${dpscale_job:-$SLURM_JOB_ID}
 dpscale_ends=$dpscale_run/attempts/$SLURM_JOB_ID.ends
 
 dpscale_durable() {  # the newest step whose checkpoint is whole, 0 when there is none
@@ -41,7 +44,7 @@ dpscale_ended() {  # 0 and 2 are final, 75 was saved and goes on, anything else 
   trap - EXIT
   durable=$(dpscale_durable)
   (( durable > dpscale_before )) && advanced=1
-  state=$(scontrol show job "$SLURM_JOB_ID" -o 2>/dev/null | grep -o 'JobState=[A-Z_]*')
+  state=$(scontrol show job "$dpscale_job" -o 2>/dev/null | grep -oE ' (JobState=RUNNING|Reason=TimeLimit) ')
   case $code in
     0 | 2) ;;
     75 | 140)  # 140: USR2 came before Python could listen
@@ -57,13 +60,13 @@ dpscale_ended() {  # 0 and 2 are final, 75 was saved and goes on, anything else 
         decision=gave-up
       fi ;;
   esac
-  # Cancelled, preempted or requeued from outside: what comes next is decided already.
-  [[ $decision == requeue* && $state != JobState=RUNNING ]] && decision=slurm-decides
+  # Cancelled, preempted or requeued from outside: what comes next is decided already. At the time limit it is not.
+  [[ $decision == requeue* && -z $state ]] && decision=slurm-decides
   [[ $decision == requeue-after-crash && -e $dpscale_run/STOP ]] && decision=final
   printf '{"restart":%d,"code":%d,"durable_step":%d,"advanced":%d,"decision":"%s","at":%d}\\n' \\
     "$dpscale_restart" "$code" "$durable" "$advanced" "$decision" "$(date +%s)" >>"$dpscale_ends"
-  echo "dpscale: job $SLURM_JOB_ID, restart $dpscale_restart: exit code $code, durable step $durable: $decision"
-  if [[ $decision == requeue* ]] && ! scontrol requeue "$SLURM_JOB_ID"; then
+  echo "dpscale: job $dpscale_job, restart $dpscale_restart: exit code $code, durable step $durable: $decision"
+  if [[ $decision == requeue* ]] && ! scontrol requeue "$dpscale_job"; then
     echo "dpscale: this job cannot be requeued: go on with dpscale resume $(printf %q "$dpscale_run")"
   fi
   exit "$code"
@@ -77,7 +80,7 @@ if (( dpscale_restart > 0 )) && [[ -e $dpscale_run/finished || -e $dpscale_run/S
 fi
 trap dpscale_ended EXIT
 
-dpscale_end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)
+dpscale_end=$(squeue -h -j "$dpscale_job" -o %e 2>/dev/null)
 if [[ $dpscale_end == *T* ]]; then export DPSCALE_DEADLINE; DPSCALE_DEADLINE=$(date -d "$dpscale_end" +%s); fi
 """
 

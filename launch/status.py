@@ -13,12 +13,14 @@ from dpscale.privacy.shown import shown_epsilon
 from launch import slurm_commands
 from launch.submit import jobs_of
 
+LOST = "lost"
 WHY = {
     "requeue": "saved its state and was queued again",
     "requeue-after-crash": "crashed after new checkpoints, queued again",
     "gave-up": "not queued again: no progress, or too many crashes",
     "slurm-decides": "ended by SLURM (cancelled, preempted or requeued)",
     "final": "final",
+    LOST: "its script had no time to say why (lost node, preemption or requeue from outside), queued again by SLURM",
 }
 
 
@@ -52,12 +54,7 @@ def status_lines(run_dir: Path) -> list[str]:
             lines.append(f"verified       {own['verified_laws']} laws, before the first step of this start")
         lines.append(f"checkpoint     {_checkpoint(own)}")
         lines.append(f"written        {_age(own.get('updated_at'))}")
-    ends = read_ends(run_dir)
-    lines.append(f"restarts       {sum(1 for end in ends if end['decision'].startswith('requeue'))}")
-    for end in ends[-5:]:
-        reason = WHY.get(end["decision"], end["decision"])
-        where = f"job {end['job']}, restart {end['restart']}"
-        lines.append(f"  {where}: exit code {end['code']} at durable step {end['durable_step']}: {reason}")
+    lines += _restarts(run_dir)
     crashes = sorted((run_dir / "attempts").glob("*/crash/*.txt"), key=lambda path: path.stat().st_mtime)
     lines += [f"  crash file   {path}" for path in crashes[-3:] if path.stat().st_size]
     return lines
@@ -73,6 +70,33 @@ def read_ends(run_dir: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return sorted(ends, key=lambda end: end["at"])
+
+
+def _restarts(run_dir: Path) -> list[str]:
+    """How often a job came back, and how its last incarnations ended."""
+    ends = read_ends(run_dir)
+    came_back = _came_back(run_dir)
+    said = {(end["job"], end["restart"]) for end in ends}
+    lost = [{"job": job, "restart": restart, "decision": LOST, "at": at} for (job, restart), at in came_back.items()]
+    ends = sorted(ends + [end for end in lost if (end["job"], end["restart"]) not in said], key=lambda end: end["at"])
+    queued = {(end["job"], end["restart"]) for end in ends if end["decision"].startswith("requeue")}
+    lines = [f"restarts       {len(queued | set(came_back))}"]
+    for end in ends[-5:]:
+        reason = WHY.get(end["decision"], end["decision"])
+        if "code" in end:
+            reason = f"exit code {end['code']} at durable step {end['durable_step']}: {reason}"
+        lines.append(f"  job {end['job']}, restart {end['restart']}: {reason}")
+    return lines
+
+
+def _came_back(run_dir: Path) -> dict[tuple[str, int], float]:
+    """(job, restart) of the incarnations that a later one followed -> when that began, in seconds since the epoch."""
+    began = {}
+    for path in (run_dir / "attempts").glob("*.*/env.json"):
+        job, _, restart = path.parent.name.rpartition(".")
+        if job.isdecimal() and restart.isdecimal() and int(restart) > 0:
+            began[job, int(restart) - 1] = path.stat().st_mtime
+    return began
 
 
 def examples_per_s(run_dir: Path) -> float | None:

@@ -7,10 +7,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
@@ -20,7 +20,10 @@ from dpscale.run_directory import RunDirectory
 from launch import slurm_commands
 from launch.profiles import Profile, load_profile
 from launch.resources import Resources, parse_time
-from launch.script import SRUN_OPTIONS, Job, body, header, interpreter, render, sbatch_options
+from launch.script import PLAIN_PATH, SRUN_OPTIONS, Job, body, header, interpreter, render, sbatch_options
+
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
 
 Via = Literal["submitit", "sbatch"]
 LEASE_MARGIN_S = 10  # for clocks that differ a little
@@ -131,9 +134,7 @@ def submit_job(
     Raises: InputError for what cannot be submitted; RunDirectoryError while a job of this run is still there.
     """
     run_dir = Path(job.run_dir)
-    if submission.via == "submitit" and job.log_needs_redirect:
-        raise InputError(f"the run directory {job.run_dir!r} has characters that submitit cannot quote: --via sbatch")
-    text = render(job) if submission.via == "sbatch" else _submitit_executor(job, folder, None)
+    text = script_text(job, folder, submission.via)
     if dry_run:
         return None, text
     refuse_while_running(run_dir)
@@ -144,7 +145,7 @@ def submit_job(
     if submission.via == "sbatch":
         number = slurm_commands.submit(str(folder / "job.sbatch"))
     else:
-        number = _submitit_executor(job, folder, task)
+        [number] = submit_through_submitit(job, folder, [task])
     kept = replace(submission, job=number, working_directory=job.working_directory)
     write_atomically(folder / "submission.json", json.dumps(asdict(kept), indent=1) + "\n")
     return number, text
@@ -174,7 +175,9 @@ def jobs_of(run_dir: Path) -> list[str]:
         job = Submission.from_json(file.read_text()).job if file.exists() else None
         if job:
             jobs.add(job)
-    return sorted(jobs, key=lambda job: [int(part) for part in job.split("_")])
+    # One element of an array has the array's own number, which SLURM takes for all of them.
+    arrays = {job.partition("_")[0] for job in jobs if "_" in job}
+    return sorted(jobs - arrays, key=lambda job: [int(part) for part in job.split("_")])
 
 
 def next_submission(run_dir: Path) -> str:
@@ -236,14 +239,36 @@ def _lease_wait_s(run_dir: Path) -> int:
     return int(left_s) + LEASE_MARGIN_S if left_s > 0 else 0
 
 
-def _submitit_executor(job: Job, folder: Path, task: Any) -> str:
-    """With a `task` submit it through submitit, and give the job's id; with None, the script's text."""
-    import submitit
+def script_text(job: Job, folder: Path, via: Via) -> str:
+    """What sbatch will be given.
+
+    Raises: InputError for a run directory whose name submitit cannot quote.
+    """
+    if via == "sbatch":
+        return render(job)
+    if PLAIN_PATH.fullmatch(job.run_dir) is None:
+        raise InputError(f"the run directory {job.run_dir!r} has characters that submitit cannot quote: --via sbatch")
+    executor = _submitit_executor(job, folder)
+    if job.points:
+        executor.parameters["map_count"] = len(job.points)  # what it does itself when it submits an array
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+def submit_through_submitit(job: Job, folder: Path, tasks: Sequence[Any]) -> list[str]:
+    """One job that calls the task, or one array with an element for each; their ids."""
+    executor = _submitit_executor(job, folder)
+    with executor.batch():
+        submitted = [executor.submit(task) for task in tasks]
+    return [each.job_id for each in submitted]
+
+
+def _submitit_executor(job: Job, folder: Path) -> SlurmExecutor:
+    from submitit import SlurmExecutor
 
     header(sbatch_options(job))  # submitit quotes for the shell, which is not enough for a comment line
     options = {name: True if value is None else value for name, value in sbatch_options(job).items()}
     nodes, tasks = int(str(options.pop("nodes"))), int(str(options.pop("ntasks-per-node")))
-    executor = submitit.SlurmExecutor(folder=folder / "submitit", python=shlex.join(interpreter(job)))
+    executor = SlurmExecutor(folder=folder / "submitit", python=shlex.join(interpreter(job)))
     executor.update_parameters(
         job_name=options.pop("job-name"),
         nodes=nodes,
@@ -254,6 +279,4 @@ def _submitit_executor(job: Job, folder: Path, task: Any) -> str:
         srun_args=[*SRUN_OPTIONS, *job.profile.srun_args, *job.srun_args],
         additional_parameters=options,
     )
-    if task is None:
-        return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
-    return executor.submit(task).job_id
+    return executor

@@ -17,14 +17,22 @@ from dpscale.durable import write_atomically
 from dpscale.errors import InputError
 from launch import slurm_commands
 from launch.profiles import load_profile
-from launch.script import Job, render
-from launch.submit import Submission, make_directories, next_submission, refuse_while_running
+from launch.script import Job
+from launch.submit import (
+    Submission,
+    SubmittedTask,
+    make_directories,
+    next_submission,
+    refuse_while_running,
+    script_text,
+    submit_through_submitit,
+)
 
 
 def points(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     """Overrides of every combination: "a.b=1,2" and "c.d=x,y" give four.
 
-    Raises: InputError for text in another form, or the same key twice.
+    Raises: InputError for text in another form, the same key twice, or values that make one run only.
     """
     axes = []
     for sweep in sweeps:
@@ -37,7 +45,10 @@ def points(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     keys = [axis[0].partition("=")[0] for axis in axes]
     if len(set(keys)) < len(keys):
         raise InputError(f"--sweep {', '.join(keys)}: give each key once, with all its values")
-    return list(itertools.product(*axes))
+    chosen = list(itertools.product(*axes))
+    if len(chosen) == 1:
+        raise InputError(f"--sweep {sweeps[0]}: one value is no sweep. Give it as an override: {' '.join(chosen[0])}")
+    return chosen
 
 
 def submit_sweep(
@@ -49,7 +60,7 @@ def submit_sweep(
     *,
     dry_run: bool,
 ) -> tuple[str | None, str, list[Path]]:
-    """Submit a job array with plain sbatch: (its id, the script's text, the run directories, in the array's order).
+    """Submit a job array: (its id, the script's text, the run directories, in the array's order).
 
     Each point lives in BASE/KEY=VALUE,..; BASE is runs/NAME by default.
 
@@ -76,7 +87,7 @@ def submit_sweep(
         srun_args=submission.srun_args,
         points=tuple((str(run), str(folder / "config.toml")) for run, folder in zip(runs, folders, strict=True)),
     )
-    text = render(job)
+    text = script_text(job, folders[0], submission.via)
     if dry_run:
         return None, text, runs
     for run, folder, values in zip(runs, folders, configs, strict=True):
@@ -85,9 +96,13 @@ def submit_sweep(
         write_atomically(folder / "config.toml", to_toml(values))
         write_atomically(folder / "job.sbatch", text)
         (run / "STOP").unlink(missing_ok=True)
-    number = slurm_commands.submit(str(folders[0] / "job.sbatch"))
+    if submission.via == "sbatch":
+        number = slurm_commands.submit(str(folders[0] / "job.sbatch"))
+    else:
+        tasks = [SubmittedTask(config, run, new_attempt=False) for run, config in job.points]
+        number = submit_through_submitit(job, folders[0], tasks)[0].partition("_")[0]
     for index, folder in enumerate(folders):
-        kept = replace(submission, job=f"{number}_{index}", via="sbatch", working_directory=job.working_directory)
+        kept = replace(submission, job=f"{number}_{index}", working_directory=job.working_directory)
         write_atomically(folder / "submission.json", json.dumps(asdict(kept), indent=1) + "\n")
     return number, text, runs
 

@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-LEAST_SLURM_TESTS = 5  # where DPSCALE_REQUIRE_SLURM=1 says that they must run
+LEAST_SLURM_TESTS = 10  # where DPSCALE_REQUIRE_SLURM=1 says that they must run
 
 
 def pytest_sessionfinish(session):
@@ -21,7 +21,7 @@ def pytest_sessionfinish(session):
         return
 
     def on_slurm(outcome):
-        return [report for report in reporter.stats.get(outcome, []) if "tests/slurm/test_scenarios" in report.nodeid]
+        return [report for report in reporter.stats.get(outcome, []) if "tests/slurm/" in report.nodeid]
 
     passed = [report for report in on_slurm("passed") if report.when == "call"]
     option = session.config.option

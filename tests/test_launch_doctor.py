@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 
 import pytest
 
-from launch.doctor import check_file_system, check_packages, check_python, check_slurm
+from dpscale.distributed import Membership
+from launch.doctor import (
+    Finding,
+    check_file_system,
+    check_packages,
+    check_processes,
+    check_python,
+    check_slurm,
+    examine,
+)
 
 
 def test_a_good_directory_is_good_and_nothing_is_left_in_it(tmp_path):
@@ -48,6 +58,8 @@ def test_this_environment_is_fit():
         ("SLURM_VERSION = 22.05\nJobRequeue = 1\nProctrackType = proctrack/cgroup", []),
         ("SLURM_VERSION = 22.05\nJobRequeue = 0\nProctrackType = proctrack/cgroup", ["not requeued by default"]),
         ("SLURM_VERSION = 22.05\nJobRequeue = 1\nProctrackType = proctrack/linuxproc", ["linuxproc"]),
+        ("JobRequeue = 1\nProctrackType = proctrack/cgroup\nKillWait = 5 sec", ["KILL comes 5 s after TERM"]),
+        ("JobRequeue = 1\nProctrackType = proctrack/cgroup\nKillWait = 30 sec", []),
     ],
 )
 def test_what_slurm_cannot_do_is_a_warning(tmp_path, monkeypatch, settings, words):
@@ -69,3 +81,33 @@ def test_slurm_that_does_not_answer_is_a_failure_inside_a_job_only(tmp_path, mon
     assert [finding.level for finding in check_slurm()] == ["warn"]
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     assert [finding.level for finding in check_slurm()] == ["fail"]
+
+
+def test_a_finding_that_is_not_good_has_a_remedy():
+    with pytest.raises(ValueError, match="needs a remedy"):
+        Finding("warn", "something is odd")
+
+
+def test_processes_devices_and_addresses_are_shown_and_clocks_compared(monkeypatch):
+    [alone] = check_processes(Membership())
+    assert f"{platform.node()} at 127.0.0.1, processes and devices: 0 has cpu:0 cpu:1" in alone.what
+
+    def two(value):
+        seen = {"node": "n2", "address": "10.0.0.2", "devices": ["cuda:0"]}
+        return [value, seen | {"clock": value["clock"] - 60} if value else None]
+
+    monkeypatch.setattr("dpscale.distributed.gathered", two)
+    _, there, clocks = check_processes(Membership())
+    assert there.what == "n2 at 10.0.0.2, processes and devices: 1 has cuda:0"
+    assert (clocks.level, clocks.what) == ("fail", f"the clocks of n2 and {platform.node()} differ by 60 s")
+
+
+def test_the_exit_code_and_the_last_line_say_whether_to_train(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    lines: list[str] = []
+    assert examine(tmp_path / "runs", lines.append) == 0
+    assert lines[-1] == "fit to train"
+    (tmp_path / "file").touch()
+    assert examine(tmp_path / "file" / "runs", lines.append) == 1
+    assert lines[-1] == "not fit to train"
+    assert any(line.startswith("fail") and "choose another with --directory" in line for line in lines)

@@ -42,6 +42,19 @@ Feed.batches = failing
 sys.argv = ["launch.runtime", *sys.argv[1:]]
 runpy.run_module("launch.runtime", run_name="__main__", alter_sys=True)
 """
+# Rank 1 alone is asked to stop, as soon as Python listens, before jax is imported.
+ASKED_AT_ONCE = """
+import os, runpy, signal, sys
+from dpscale.stopping import StopRequests
+install = StopRequests.install
+def installed(self):
+    install(self)
+    if "jax" not in sys.modules and os.environ["SLURM_PROCID"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR2)
+StopRequests.install = installed
+sys.argv = ["launch.runtime", *sys.argv[1:]]
+runpy.run_module("launch.runtime", run_name="__main__", alter_sys=True)
+"""
 
 
 def start(tmp_path, rank, size, *words, job, code=None):
@@ -100,3 +113,16 @@ def test_an_error_of_one_process_ends_it_within_five_seconds_and_the_others_foll
     crash = (tmp_path / "run" / "attempts" / f"{job}.0" / "crash" / "rank-1.txt").read_text()
     assert "a planted error" in crash
     assert "in failing" in crash  # where it happened
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_signal_to_one_process_in_its_first_second_makes_all_save_at_one_step_and_ask_for_a_requeue(tmp_path):
+    job = a_job(3)
+    words = ("training.steps=50", "privacy.verify=false")
+    processes = [start(tmp_path, rank, 2, *words, job=job, code=ASKED_AT_ONCE) for rank in (0, 1)]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], outputs
+    [saved] = (tmp_path / "run" / "ckpt").glob("*/manifest.json")
+    assert 0 < int(saved.parent.name) <= 3
+    assert not list((tmp_path / "run" / "attempts").glob("*/crash/*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def run_script(text, tmp_path, **variables):
     fakes = {
         "srun": 'printf "%s\\0" "$@" >"$FAKE/srun.args"; eval "$FAKE_WORK"; exit "${FAKE_CODE:-0}"',
         "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >>"$FAKE/requeued"; exit; fi; '
-        'echo "JobId=7 JobState=${FAKE_STATE:-RUNNING} NodeAddr=10.0.0.1"',
+        'echo "JobId=7 JobState=${FAKE_STATE:-RUNNING Reason=None} Requeue=1 NodeAddr=10.0.0.1"',
         "squeue": "echo 2030-01-01T00:00:00",
     }
     for name, body in fakes.items():
@@ -118,7 +119,7 @@ def test_job_names_are_plain(name):
     assert all(letter.isalnum() or letter in "_.-" for letter in job_name(name))
 
 
-def ended(tmp_path, code, *, restart=0, work=":", state="RUNNING", job=JOB):
+def ended(tmp_path, code, *, restart=0, work=":", state="RUNNING Reason=None", job=JOB):
     run = tmp_path / "run"
     (run / "attempts").mkdir(parents=True, exist_ok=True)
     job = replace(job, run_dir=str(run), working_directory=str(tmp_path))
@@ -174,8 +175,9 @@ def test_saving_without_progress_is_limited_too(tmp_path):
     assert ended(tmp_path, 75, restart=12, work=saved(5)) == "requeue"
 
 
-def test_a_cancelled_or_preempted_job_is_left_to_slurm(tmp_path):
-    assert ended(tmp_path, 75, state="COMPLETING") == "slurm-decides"
+def test_a_cancelled_or_preempted_job_is_left_to_slurm_but_not_one_at_its_time_limit(tmp_path):
+    assert ended(tmp_path, 75, state="COMPLETING Reason=None") == "slurm-decides"
+    assert ended(tmp_path, 75, state="COMPLETING Reason=TimeLimit") == "requeue"  # SLURM does not queue it again
 
 
 @pytest.mark.parametrize("marker", ["STOP", "finished"])
@@ -250,6 +252,16 @@ def test_every_shipped_profile_is_valid():
     assert shipped == ["generic", "lumi-like"]
     for name in shipped:
         assert load_profile(name)
+
+
+def test_a_wheel_holds_the_profiles_and_the_scripts_for_use_by_hand():
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = {
+        file.resolve() for pattern in tables["package-data"]["launch"] for file in (ROOT / "launch").glob(pattern)
+    }
+    here = ROOT / "slurm"
+    assert packed == {*here.glob("*.sbatch"), *(here / "profiles").iterdir()}
+    assert profile_directories()[-1] == ROOT / "launch" / "slurm" / "profiles"  # where the wheel has them
 
 
 def test_wrong_profiles_are_explained(tmp_path, monkeypatch):

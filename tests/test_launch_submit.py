@@ -193,9 +193,10 @@ def test_a_run_whose_last_job_died_waits_until_its_lease_has_expired(login):
     assert "--begin" not in login.dpscale("submit", "config.toml", "--via", "sbatch", "--dry-run")
 
 
-def test_a_sweep_is_one_job_array_with_a_run_directory_for_each_point(login):
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+def test_a_sweep_is_one_job_array_with_a_run_directory_for_each_point(login, via):
     sweep = ("--sweep", "optimizer.learning_rate=0.1,0.3", "--sweep", "model.name=mlp,cnn")
-    printed = login.dpscale("submit", "config.toml", *sweep, "--nodes", "2")
+    printed = login.dpscale("submit", "config.toml", *sweep, "--nodes", "2", "--via", via)
     assert printed.startswith("job array 41, 4 runs")
     runs = sorted(path.name for path in login.run.iterdir())
     assert runs == [f"learning_rate={rate},name={name}" for rate in ("0.1", "0.3") for name in ("cnn", "mlp")]
@@ -209,11 +210,17 @@ def test_a_sweep_is_one_job_array_with_a_run_directory_for_each_point(login):
     shown = subprocess.run(["bash", "-c", lines], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True)
     assert shown.stdout.splitlines() == [str(point.parent.parent), str(point / "config.toml")]
     assert json.loads((point / "submission.json").read_text())["job"] == "41_2"
+    if via == "submitit":  # each element finds its own call
+        pickled = login.run / "learning_rate=0.1,name=mlp" / "attempts" / "submit-1" / "submitit"
+        task = pickle.loads((pickled / "41_2_submitted.pkl").read_bytes()).function
+        assert (task.run_dir, task.config) == (str(point.parent.parent), str(point / "config.toml"))
     login.job_is("RUNNING")
     assert "running" in login.dpscale("status", str(point.parent.parent))
 
 
-@pytest.mark.parametrize("sweep", ["optimizer.learning_rate", "x=1,2", "optimizer.learning_rate=0.1,-1", "a.b=1,1"])
+@pytest.mark.parametrize(
+    "sweep", ["optimizer.learning_rate", "x=1,2", "optimizer.learning_rate=0.1,-1", "a.b=1,1", "run.name=a"]
+)
 def test_a_wrong_sweep_submits_nothing(login, sweep):
     login.dpscale("submit", "config.toml", "--sweep", sweep, code=2)
     assert not (login.directory / "script").exists()
@@ -230,6 +237,55 @@ def test_logs_show_the_newest_incarnation_of_a_rank(login):
             os.utime(folder / f"rank-{rank}.log", (time.time() + restart,) * 2)
     assert login.dpscale("logs", str(login.run)) == "restart 1 rank 0\n"
     assert login.dpscale("logs", str(login.run), "--rank", "1") == "restart 1 rank 1\n"
+
+
+def test_following_goes_on_with_the_next_incarnation_leaves_nothing_out_and_ends_with_the_run(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    files = [login.run / "attempts" / f"41.{restart}" / "rank-2.log" for restart in (0, 1)]
+    files[0].parent.mkdir()
+    files[0].write_bytes("é".encode()[:1])
+    command = [sys.executable, "-m", "dpscale", "logs", str(login.run), "--rank", "2", "-f"]
+    following = subprocess.Popen(command, env=login.environment, stdout=subprocess.PIPE)
+    try:
+        time.sleep(2.5)
+        with files[0].open("ab") as file:
+            file.write("é".encode()[1:] + b" was cut\n")
+        files[1].parent.mkdir()
+        files[1].write_text("back\n")
+        os.utime(files[1], (time.time() + 1,) * 2)
+        time.sleep(1.5)
+        assert following.poll() is None
+        with files[1].open("a") as file:
+            file.write("done\n")
+        (login.run / "finished").touch()
+        assert following.communicate(timeout=20)[0].decode() == "é was cut\nback\ndone\n"
+        assert following.returncode == 0
+    finally:
+        following.kill()
+
+
+def test_a_restart_that_the_script_could_not_explain_is_counted_and_named(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    for restart in (0, 1, 2):
+        (login.run / "attempts" / f"41.{restart}").mkdir()
+        (login.run / "attempts" / f"41.{restart}" / "env.json").touch()
+    end = {"restart": 1, "code": 75, "durable_step": 3, "advanced": 1, "decision": "requeue", "at": time.time()}
+    (login.run / "attempts" / "41.ends").write_text(json.dumps(end) + "\n")
+    shown = login.dpscale("status", str(login.run))
+    assert "restarts       2" in shown
+    assert "job 41, restart 0: its script had no time to say why" in shown
+    assert "job 41, restart 1: exit code 75" in shown
+
+
+def test_one_element_of_an_array_is_never_asked_for_by_the_arrays_number(login):
+    login.dpscale("submit", "config.toml", "--sweep", "optimizer.learning_rate=0.1,0.3")
+    point = login.run / "learning_rate=0.3"
+    (point / "attempts" / "41.0").mkdir()  # the last element's own number is the array's
+    (login.directory / "bin" / "scontrol").write_text(
+        '#!/bin/bash\n[[ $3 != 41_1 ]] && exit 1\necho "JobId=41 JobState=RUNNING Reason=None"\n'
+    )
+    assert "running" in login.dpscale("status", str(point))
+    assert "job 41_1 is running" in login.dpscale("stop", str(point))
 
 
 def test_a_place_that_is_no_run_is_named(login):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo")
 INSTALL = "apt-get install -y slurm-wlm munge"
 IDLE_WITHIN_S = 30.0
+MOST_FIRST_JOBS = 60_000_000  # SLURM's own numbers end at 67 million
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 CONFIGURATION = """\
@@ -56,6 +58,7 @@ SchedulerParameters=sched_interval=2,bf_interval=5
 JobRequeue=1
 KillWait=5
 MinJobAge=3600
+FirstJobId={first_job}
 SlurmdTimeout=10
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -79,19 +82,26 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
 
 
-def start(directory: Path, nodes: int = 2, gpus: int = 0, cpus: int = 2, grace_s: int = 30) -> dict[str, str]:
+def start(
+    directory: Path, nodes: int = 2, gpus: int = 0, cpus: int = 2, grace_s: int = 30, first_job: int | None = None
+) -> dict[str, str]:
     """Start all daemons and wait until every node is idle; the environment that SLURM's commands need.
 
     Args:
         nodes, gpus, cpus: nodes t1, t2, .. and what each of them claims to have. GPUs are fakes (device files).
         grace_s: time that a preempted job gets.
+        first_job: number of the first job; default: from the clock, so that no later cluster gives a number again.
 
-    Raises: ClusterError, after everything was stopped again.
+    Raises: ClusterError, after everything was stopped and removed again.
     """
     if missing_programs():
         raise ClusterError(f"{', '.join(missing_programs())} not found: {INSTALL}")
     if len(str(directory)) > 80:
         raise ClusterError(f"{directory} is too long for the path of a socket: choose a shorter one")
+    if directory.exists() and any(directory.iterdir()):
+        raise ClusterError(f"{directory} is not empty: a cluster may run there already. Stop it, or choose another")
+    if first_job is None:
+        first_job = int(time.time()) % MOST_FIRST_JOBS + 1
     for name in ("run", "log", "state", "spool", "munge"):
         (directory / name).mkdir(parents=True)
     directory.chmod(0o755)  # munge refuses a socket that not everyone can reach
@@ -99,16 +109,23 @@ def start(directory: Path, nodes: int = 2, gpus: int = 0, cpus: int = 2, grace_s
     environment = {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": SYSTEM_PATH}
     try:
         _start_munge(directory)
-        _configure(directory, nodes, gpus, cpus, grace_s)
+        _configure(directory, nodes, gpus, cpus, grace_s, first_job)
         _run(["slurmctld", "-f", environment["SLURM_CONF"]], environment)
         for node in range(1, nodes + 1):
             (directory / "spool" / f"t{node}").mkdir()
-            _run(["slurmd", "-f", environment["SLURM_CONF"], "-N", f"t{node}"], environment)
+            start_node(directory, f"t{node}")
         _wait_until_idle(environment, nodes)
     except (ClusterError, OSError) as error:
         stop(directory)
-        raise ClusterError(f"the cluster did not start: {error}\n{log_tails(directory)}") from error
+        tails = log_tails(directory)
+        shutil.rmtree(directory)
+        raise ClusterError(f"the cluster did not start: {error}\n{tails}") from error
     return environment
+
+
+def start_node(directory: Path, node: str) -> None:
+    """Start a node's slurmd, at first or after it died."""
+    _run(["slurmd", "-f", str(directory / "slurm.conf"), "-N", node], {"SLURM_CONF": str(directory / "slurm.conf")})
 
 
 def stop(directory: Path) -> None:
@@ -144,7 +161,7 @@ def _start_munge(directory: Path) -> None:
     _run(["munged", "--force", *(f"{option}={path}" for option, path in files.items())], {"PATH": SYSTEM_PATH})
 
 
-def _configure(directory: Path, nodes: int, gpus: int, cpus: int, grace_s: int) -> None:
+def _configure(directory: Path, nodes: int, gpus: int, cpus: int, grace_s: int, first_job: int) -> None:
     host = socket.gethostname().split(".")[0]
     ports = _free_ports(nodes + 1)
     have = f"CPUs={cpus} RealMemory=4000" + (f" Gres=gpu:{gpus}" if gpus else "")
@@ -164,6 +181,7 @@ def _configure(directory: Path, nodes: int, gpus: int, cpus: int, grace_s: int) 
         gpus="GresTypes=gpu\n" if gpus else "",
         nodes="\n".join(lines),
         grace_s=grace_s,
+        first_job=first_job,
     )
     (directory / "slurm.conf").write_text(text)
 
@@ -254,6 +272,28 @@ def _free_ports(number: int) -> list[int]:
             each.close()
 
 
+def how_to_use(directory: Path, nodes: int) -> list[str]:
+    """Lines for a terminal in this repository, each command as it can be pasted there."""
+    python = _shown(sys.executable)
+    beside = Path(sys.executable).parent / "dpscale"
+    dpscale = _shown(str(beside)) if beside.exists() else f"{python} -m dpscale"
+    return [
+        f"a SLURM of {nodes} nodes runs on this machine (partitions low and high; low is preempted). Use it:",
+        f"  export SLURM_CONF={shlex.quote(str(directory / 'slurm.conf'))}",
+        f"  {dpscale} submit configs/quickstart.toml --nodes {nodes} --time 0:20:00",
+        f"  {dpscale} status runs/quickstart",
+        f"  {dpscale} logs runs/quickstart -f",
+        f"  {dpscale} stop runs/quickstart",
+        "end it, with its jobs, and remove its files:",
+        f"  {python} {_shown(__file__)} stop {shlex.quote(str(directory))}",
+    ]
+
+
+def _shown(path: str) -> str:
+    """For a shell in the current directory."""
+    return shlex.quote(os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="A throw-away SLURM on this machine.")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -274,13 +314,11 @@ def main() -> int:
             shutil.rmtree(directory)
             return 0
         start(directory, given.nodes, given.gpus, given.cpus, given.grace_s)
-    except ClusterError as error:
+    except (ClusterError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"a SLURM of {given.nodes} nodes runs on this machine (partitions low and high; low is preempted). Use it:")
-    print(f"  export SLURM_CONF={directory}/slurm.conf")
-    print(f"  dpscale submit configs/quickstart.toml --nodes {given.nodes} --time 0:20:00")
-    print(f"  squeue; dpscale status runs/quickstart\nstop it:\n  python {sys.argv[0]} stop {directory}")
+    for line in how_to_use(directory, given.nodes):
+        print(line)
     return 0
 
 

@@ -1,4 +1,7 @@
-"""One real SLURM for these tests, started on this machine and stopped with the last of them."""
+"""A real SLURM for these tests, started on this machine and stopped with the last of them.
+
+They wait more than they compute, so two workers of pytest-xdist share a machine well; each has a cluster of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from slurm_runs import Cluster, ends, parameters
 ROOT = Path(__file__).resolve().parent.parent.parent
 REQUIRED = os.environ.get("DPSCALE_REQUIRE_SLURM") == "1"
 HERE = Path(__file__).parent
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
 
 
 def load_cluster_module():
@@ -49,19 +54,20 @@ def session_cluster() -> Iterator[dict[str, str]]:
             pytest.fail(reason)
         pytest.skip(reason)
     directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+    first_job = int(time.time()) % 60_000_000 + 1000 * int(WORKER.removeprefix("gw"))
     try:
-        yield local_cluster.start(directory, nodes=2, cpus=2, grace_s=40)
+        yield local_cluster.start(directory, nodes=2, cpus=4, grace_s=40, first_job=first_job)
         local_cluster.stop(directory)
     finally:
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
 def cluster(session_cluster, tmp_path) -> Iterator[Cluster]:
-    """The cluster, for one test of this machine at a time: they start several processes each."""
-    with open(Path(tempfile.gettempdir()) / f"dpscale-slurm-tests-{os.getuid()}.lock", "w") as lock:
+    """The cluster, for one test of a worker at a time, whoever else tests here: they start several processes each."""
+    with open(Path(tempfile.gettempdir()) / f"dpscale-slurm-tests-{os.getuid()}-{WORKER}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        running = Cluster(session_cluster, tmp_path, sys.executable)
+        running = Cluster(session_cluster, tmp_path, sys.executable, local_cluster)
         yield running
         running.cancel_all()
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from dpscale.loop import StepKeys
+from dpscale.privacy.plan import PrivacyPlan
+from dpscale.privacy.secret import RootSecret
+from dpscale.sampling import PoissonSampler
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 120
@@ -32,6 +40,7 @@ delta = 1e-4
 accountant = "rdp"
 expected_batch_size = 100
 insecure_seed = 5
+verify = false
 [checkpoint]
 every_steps = 10
 """
@@ -50,10 +59,12 @@ numpy.save(sys.argv[2], numpy.concatenate([leaf.ravel() for leaf in jax.tree.lea
 class Cluster:
     """SLURM's commands on the test's cluster, and dpscale's on top of them."""
 
-    def __init__(self, environment: dict[str, str], directory: Path, python: str) -> None:
+    def __init__(self, environment: dict[str, str], directory: Path, python: str, local_cluster: Any) -> None:
         kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.environment = kept | environment | {"JAX_PLATFORMS": "cpu"}
-        self.directory, self.python = directory, python
+        self.directory, self.python, self.local_cluster = directory, python, local_cluster
+        self.files = Path(environment["SLURM_CONF"]).parent
+        self.drawn = directory / "drawn"
         self.waiting_since: dict[str, float] = {}
         self.config = directory / "config.toml"
         self.config.write_text(CONFIG)
@@ -75,9 +86,10 @@ class Cluster:
         return self.command(self.python, "-m", "dpscale", *words)
 
     def profile(self, pace_s: float = 0.0, faults: list[dict] | None = None, **keys: object) -> str:
-        """A site profile whose "container" plants these faults."""
+        """A site profile whose "container" plants these faults, and notes every draw and every key of noise."""
         plan = self.directory / "faults.json"
-        plan.write_text(json.dumps({"pace_s": pace_s, "faults": faults or []}))
+        self.drawn.mkdir(exist_ok=True)
+        plan.write_text(json.dumps({"pace_s": pace_s, "faults": faults or [], "notes": str(self.drawn)}))
         words = [self.python, str(Path(__file__).parent / "with_fault.py"), str(plan)]
         path = self.directory / "site.toml"
         lines = [f"container = {json.dumps(words)}", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
@@ -134,23 +146,36 @@ class Cluster:
         elif time.monotonic() - self.waiting_since.setdefault(job, time.monotonic()) > CLEAR_UP_S:
             self.command("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
-    def pid_of_rank(self, job: str, rank: int) -> int:
-        """The process of a task of this job."""
-        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
-        found = []
+    def processes(self, *wanted: str) -> dict[int, str]:
+        """Number -> command line and environment of every process of this cluster with these variables."""
+        ours = {f"SLURM_CONF={self.environment['SLURM_CONF']}", *wanted}
+        found = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                variables = set((process / "environ").read_bytes().decode(errors="replace").split("\0"))
-                command = (process / "cmdline").read_bytes()
+                variables = (process / "environ").read_bytes().decode(errors="replace")
+                command = (process / "cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if wanted <= variables and self.environment_is_ours(variables) and b"launch.runtime" in command:
-                found.append(int(process.name))
-        assert len(found) == 1, found
-        return found[0]
+            if ours <= set(variables.split("\0")):
+                found[int(process.name)] = command + variables
+        return found
 
-    def environment_is_ours(self, variables: set[str]) -> bool:
-        return f"SLURM_CONF={self.environment['SLURM_CONF']}" in variables
+    def pid_of_rank(self, job: str, rank: int) -> int:
+        """The process of a task of this job."""
+        tasks = self.processes(f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0")
+        [found] = [pid for pid, text in tasks.items() if "launch.runtime" in text]
+        return found
+
+    def lose_node(self, node: str) -> float:
+        """End all that runs on a node in one moment, as a power cut does; when that was, in seconds since the epoch."""
+        tasks = list(self.processes(f"SLURMD_NODENAME={node}"))
+        steps = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in tasks}
+        daemon = int((self.files / "run" / f"slurmd-{node}.pid").read_text())
+        stepds = {pid for pid in steps if Path(f"/proc/{pid}/comm").read_text().strip() == "slurmstepd"}
+        for pid in (daemon, *stepds, *tasks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return time.time()
 
     def cancel_all(self) -> None:
         for job in self.command("squeue", "-h", "-o", "%A").split():
@@ -175,6 +200,34 @@ def ends(run_dir: Path, job: str) -> list[dict]:
     """How each incarnation of a job ended."""
     file = run_dir / "attempts" / f"{job}.ends"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def newest_log(run_dir: Path, job: str) -> str:
+    """What process 0 wrote in the newest incarnation of a job."""
+    files = (run_dir / "attempts").glob(f"{job}.*/rank-0.log")
+    return max(files, key=lambda file: int(file.parent.name.rpartition(".")[2])).read_text()
+
+
+def planted_at(cluster: Cluster, job: str, restart: int) -> float:
+    """When a fault came, in seconds since the epoch."""
+    return float((cluster.drawn / f"fault-{job}.{restart}").read_text())
+
+
+def check_draws_and_noise(cluster: Cluster, run_dir: Path, jobs: Iterable[str]) -> None:
+    """Every process of every incarnation drew the run's own examples, with its own key of noise, in every step."""
+    plan = PrivacyPlan.from_json((run_dir / "plan.json").read_text())
+    secret = RootSecret.from_insecure_seed(5)
+    sampler = PoissonSampler(plan.num_examples, plan.sampling_rate, secret.derive("sampling"), plan.max_batch_size)
+    drawn = [("draw", step, sampler.digest(step).hex()) for step in range(STEPS)]
+    noise = [("noise", step, StepKeys(secret, 0).noise(step).tobytes().hex()) for step in range(STEPS)]
+    noted = set()
+    for job in jobs:
+        files = list(cluster.drawn.glob(f"{job}.*"))
+        assert files
+        for line in (line for file in files for line in file.read_text().splitlines()):
+            what, step, value = line.split()
+            noted.add((what, int(step), value))
+    assert noted == {*drawn, *noise}
 
 
 def parameters(run_dir: Path) -> np.ndarray:
