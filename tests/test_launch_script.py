@@ -180,6 +180,17 @@ def test_a_cancelled_or_preempted_job_is_left_to_slurm_but_not_one_at_its_time_l
     assert ended(tmp_path, 75, state="COMPLETING Reason=TimeLimit") == "requeue"  # SLURM does not queue it again
 
 
+def test_an_element_of_an_array_is_queued_again_as_itself_for_one_of_them_has_the_arrays_number(tmp_path):
+    runs = [tmp_path / name for name in ("first", "second")]
+    for run in runs:
+        (run / "attempts").mkdir(parents=True)
+    job = replace(JOB, working_directory=str(tmp_path), points=tuple((str(run), "config.toml") for run in runs))
+    element = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    run_script(render(job), tmp_path, FAKE_CODE="75", **element)
+    assert (tmp_path / "requeued").read_text() == "7_1\n"
+    assert (runs[1] / "attempts" / "7.ends").exists()
+
+
 @pytest.mark.parametrize("marker", ["STOP", "finished"])
 def test_a_requeued_job_with_nothing_to_do_ends_at_once(tmp_path, marker):
     run = tmp_path / "run"

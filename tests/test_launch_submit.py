@@ -156,6 +156,22 @@ def test_status_reads_slurm_then_accounting_then_files(login):
         assert part in shown
 
 
+def test_the_rate_is_that_between_the_last_two_checkpoints_of_one_incarnation(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    (login.run / "plan.json").write_text('{"expected_batch_size": 100.0}')
+    (login.run / "status.json").write_text('{"state": "running", "step": 20, "steps": 40, "epsilon": null}')
+    for step, written in ((10, 1000), (20, 1005)):
+        manifest = login.run / "ckpt" / str(step) / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+        os.utime(manifest, (written,) * 2)
+    assert "examples/s     about 200 " in login.dpscale("status", str(login.run))
+    (login.run / "attempts" / "41.1").mkdir()
+    (login.run / "attempts" / "41.1" / "env.json").touch()
+    os.utime(login.run / "attempts" / "41.1" / "env.json", (1002,) * 2)
+    assert "examples/s" not in login.dpscale("status", str(login.run))
+
+
 def test_stop_asks_a_running_job_and_cancels_a_waiting_one(login):
     login.dpscale("submit", "config.toml", "--via", "sbatch")
     login.job_is("RUNNING")
