@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from slurm_runs import ROOT, STEPS, check_draws_and_noise, durable_step, ends, newest_log, parameters, planted_at
 
+from dpscale.metrics.status import read_status
+
 TWO_TASKS = ("--nodes", "1", "--tasks-per-node", "2")
 TWO_NODES = ("--nodes", "2")
 FOUR_TASKS = ("--nodes", "2", "--tasks-per-node", "2")
@@ -63,6 +65,7 @@ def test_a_run_that_fails_in_every_way_ends_as_the_undisturbed_one(cluster, undi
     end = ends(run, job)[0]
     assert end["decision"] == "requeue-after-crash"
     assert end["durable_step"] >= 20
+    print(f"ended {end['at'] + 1 - planted_at(cluster, job, 0):.1f} s at most after an exception on rank 1")
     assert end["at"] - planted_at(cluster, job, 0) < 5
     crash = (run / "attempts" / f"{job}.0" / "crash" / "rank-1.txt").read_text()
     assert "a_planted_error" in crash
@@ -71,6 +74,7 @@ def test_a_run_that_fails_in_every_way_ends_as_the_undisturbed_one(cluster, undi
     cluster.wait_for_restart(job, 2, run)
     end = ends(run, job)[1]
     assert end["decision"] == "requeue-after-crash"
+    print(f"ended {end['at'] + 1 - planted_at(cluster, job, 1):.1f} s at most after rank 1 hung")
     assert 18 < end["at"] - planted_at(cluster, job, 1) < 30  # the watchdog's limit of 20 s
     assert "a_planted_hang" in (run / "attempts" / f"{job}.1" / "crash" / "rank-1.txt").read_text()
 
@@ -80,6 +84,7 @@ def test_a_run_that_fails_in_every_way_ends_as_the_undisturbed_one(cluster, undi
     cluster.wait_for_restart(job, 3, run)
     end = ends(run, job)[2]
     assert end["decision"] == "requeue-after-crash"
+    print(f"ended {end['at'] + 1 - killed_at:.1f} s at most after kill -9 of rank 0")
     assert end["at"] - killed_at < 60
 
     cluster.wait_for_step(70, run)
@@ -137,6 +142,11 @@ def test_a_run_of_four_processes_goes_on_with_two_and_one(cluster, undisturbed, 
     stopped_at = end["durable_step"]
     assert stopped_at < STEPS
 
+    forgotten = run / "attempts" / "67000000.0"  # a job that SLURM knows no more, nor does its accounting
+    forgotten.mkdir()
+    assert "state          stopped" in cluster.dpscale("status", str(run))
+    forgotten.rmdir()
+
     last = cluster.dpscale("resume", str(run), "--nodes", "1").split()[1]
     cluster.wait_for_end(last, run)
     assert f"resumed from the checkpoint of step {stopped_at}" in newest_log(run, last)
@@ -150,7 +160,7 @@ def test_after_a_lost_node_damaged_checkpoints_are_set_aside_and_reported_and_ne
 ):
     run = tmp_path / "run"
     job = cluster.submit(run, *TWO_NODES, "--profile", cluster.profile(pace_s=0.1), "--via", "sbatch")
-    cluster.wait_for_step(30, run)
+    cluster.wait("step 30 on record", lambda: committed_step(run) >= 30, run)
     lost_at = cluster.lose_node("t1")  # with the script, process 0 and the lease: only SLURM can act
     cluster.wait("its return", lambda: cluster.state(job)["JobState"] == "PENDING", run, timeout_s=60)
     assert not cluster.processes(f"SLURM_JOB_ID={job}")  # the other node's tasks have ended too
@@ -185,6 +195,10 @@ def test_after_a_lost_node_damaged_checkpoints_are_set_aside_and_reported_and_ne
     assert "checkpoints in" in newest_log(run, again)
     assert "is whole" in newest_log(run, again)
     assert not (run / "finished").exists()
+
+
+def committed_step(run: Path) -> int:
+    return (read_status(run) or {}).get("checkpoint_step") or 0
 
 
 def truncate_largest_file(directory: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from slurm_runs import CONFIG, ROOT, durable_step, ends
+from slurm_runs import CONFIG, ROOT, durable_step
+
+from launch.status import read_ends
 
 STEPS = ("training.steps=30", "checkpoint.every_steps=5")
 
@@ -20,13 +22,12 @@ def test_each_point_of_a_sweep_is_an_element_of_its_own_and_the_secret_stays_in_
     printed = cluster.dpscale(*words, "--tasks-per-node", "2", "--profile", profile, "--via", "sbatch")
     array = printed.split()[2].rstrip(",")
     runs = [base / f"learning_rate={rate}" for rate in ("0.1", "0.5")]
-    jobs = [cluster.state(f"{array}_{index}")["JobId"] for index in (0, 1)]
     doctor = examination(cluster, tmp_path)
 
     cluster.wait_for_step(5, runs[1])
     secrets = [(run / "secret.key").read_text().strip() for run in runs]
     assert len(set(secrets)) == 2
-    everything = "".join(text for job in jobs for text in cluster.processes(f"SLURM_JOB_ID={job}").values())
+    everything = "".join(cluster.processes(f"SLURM_ARRAY_JOB_ID={array}").values())
     assert "launch.runtime" in everything
     assert not [secret for secret in secrets if secret in everything], "a secret in an environment or a command line"
     assert "running" in cluster.dpscale("status", str(runs[0]))
@@ -35,10 +36,8 @@ def test_each_point_of_a_sweep_is_an_element_of_its_own_and_the_secret_stays_in_
         cluster.wait_for_end(f"{array}_{index}", run)
         assert (run / "finished").exists(), cluster.everything(run)
         assert "state          finished" in cluster.dpscale("status", str(run))
-    said = {end["restart"]: (end["code"], end["decision"]) for job in jobs for end in ends(runs[1], job)}
-    assert said == {0: (75, "requeue"), 1: (0, "final")}
-    [only] = [end for job in jobs for end in ends(runs[0], job)]
-    assert (only["restart"], only["code"]) == (0, 0)
+    said = [[(end["restart"], end["code"], end["decision"]) for end in read_ends(run)] for run in runs]
+    assert said == [[(0, 0, "final")], [(0, 75, "requeue"), (1, 0, "final")]]
     assert [durable_step(run) for run in runs] == [30, 30]
 
     holders = [file for place in (tmp_path, cluster.files) for file in files_with(place, secrets)]
