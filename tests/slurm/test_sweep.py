@@ -18,7 +18,11 @@ def test_each_point_of_a_sweep_is_an_element_of_its_own_and_the_secret_stays_in_
     config.write_text(CONFIG.replace("insecure_seed = 5\n", ""))
     base = tmp_path / 'two "words"; it\'s\n$(touch ran)'
     words = ["submit", str(config), *STEPS, "--sweep", "optimizer.learning_rate=0.1,0.5", "--run-dir", str(base)]
-    profile = cluster.profile(pace_s=0.2)
+    profile = cluster.profile(pace_s=0.2, setup=["export SET_UP=yes"])
+    (tmp_path / "data to stage").mkdir()
+    (tmp_path / "data to stage" / "part").write_text("some data")
+    with open(profile, "a") as site:
+        site.write(f'\n[stage]\n"{tmp_path}/data to stage" = "{tmp_path}/on the node"\n[environment]\nSITE = "a b"\n')
     printed = cluster.dpscale(*words, "--tasks-per-node", "2", "--profile", profile, "--via", "sbatch")
     array = printed.split()[2].rstrip(",")
     runs = [base / f"learning_rate={rate}" for rate in ("0.1", "0.5")]
@@ -28,7 +32,9 @@ def test_each_point_of_a_sweep_is_an_element_of_its_own_and_the_secret_stays_in_
     secrets = [(run / "secret.key").read_text().strip() for run in runs]
     assert len(set(secrets)) == 2
     everything = "".join(cluster.processes(f"SLURM_ARRAY_JOB_ID={array}").values())
-    assert "launch.runtime" in everything
+    for part in ("launch.runtime", "\0SET_UP=yes\0", "\0SITE=a b\0"):
+        assert part in everything
+    assert (tmp_path / "on the node" / "part").read_text() == "some data"
     assert not [secret for secret in secrets if secret in everything], "a secret in an environment or a command line"
     assert "running" in cluster.dpscale("status", str(runs[0]))
     cluster.command("scancel", "--signal=USR2", f"{array}_1")
