@@ -204,7 +204,7 @@ def body(job: Job) -> list[str]:
     for source, destination in profile.stage.items():
         lines += [
             'srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 '
-            f"cp -ru -- {shlex.quote(source)} {shlex.quote(destination)}"
+            f"cp -ruT -- {shlex.quote(source)} {shlex.quote(destination)}"
             ' || { echo "dpscale: staging failed"; exit 1; }'
         ]
     return lines

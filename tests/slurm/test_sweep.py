@@ -34,7 +34,6 @@ def test_each_point_of_a_sweep_is_an_element_of_its_own_and_the_secret_stays_in_
     everything = "".join(cluster.processes(f"SLURM_ARRAY_JOB_ID={array}").values())
     for part in ("launch.runtime", "\0SET_UP=yes\0", "\0SITE=a b\0"):
         assert part in everything
-    assert (tmp_path / "on the node" / "part").read_text() == "some data"
     assert not [secret for secret in secrets if secret in everything], "a secret in an environment or a command line"
     assert "running" in cluster.dpscale("status", str(runs[0]))
     cluster.command("scancel", "--signal=USR2", f"{array}_1")
@@ -45,6 +44,8 @@ def test_each_point_of_a_sweep_is_an_element_of_its_own_and_the_secret_stays_in_
     said = [[(end["restart"], end["code"], end["decision"]) for end in read_ends(run)] for run in runs]
     assert said == [[(0, 0, "final")], [(0, 75, "requeue"), (1, 0, "final")]]
     assert [durable_step(run) for run in runs] == [30, 30]
+    [staged] = (tmp_path / "on the node").iterdir()  # also after the second copy to the same place
+    assert staged.read_text() == "some data"
 
     holders = [file for place in (tmp_path, cluster.files) for file in files_with(place, secrets)]
     assert holders == [run / "secret.key" for run in runs]
