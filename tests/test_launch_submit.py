@@ -88,6 +88,13 @@ def test_submitting_keeps_a_copy_of_the_config_and_says_what_next(login, via):
     assert json.loads((folder / "submission.json").read_text())["job"] == "41"
 
 
+def test_a_run_directory_has_the_mode_that_the_profile_says(login):
+    (login.directory / "open.toml").write_text('run_directory_mode = "0750"')
+    login.dpscale("submit", "config.toml", "--via", "sbatch", "--profile", str(login.directory / "open.toml"))
+    assert stat.S_IMODE(login.run.stat().st_mode) == 0o750
+    assert stat.S_IMODE((login.run / "attempts").stat().st_mode) == 0o700
+
+
 def test_submitits_pickle_holds_paths_only(login):
     login.dpscale("submit", "config.toml", "--via", "submitit")
     [file] = login.run.glob("attempts/submit-1/submitit/*.pkl")
