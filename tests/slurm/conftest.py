@@ -62,6 +62,12 @@ def session_cluster() -> Iterator[dict[str, str]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def start_and_stop():
+    """The two functions of slurm/local-cluster, for a cluster of another kind."""
+    return local_cluster.start, local_cluster.stop
+
+
 @pytest.fixture
 def cluster(session_cluster, tmp_path) -> Iterator[Cluster]:
     """The cluster, for one test of a worker at a time, whoever else tests here: they start several processes each."""

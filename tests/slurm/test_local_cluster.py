@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -57,3 +59,39 @@ def mentions(process: Path, place: str) -> bool:
         return place.encode() in (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
     except OSError:
         return False
+
+
+SHARE = """
+import json, os
+from dpscale.slurm import SlurmTask, local_device_ids, visible_devices
+task = SlurmTask.from_environment(os.environ)
+own = local_device_ids(visible_devices(os.environ), task.local_tasks, task.local_id)
+print(json.dumps([task.rank, os.environ["CUDA_VISIBLE_DEVICES"], own]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="fake GPUs are device files, which root alone can make")
+@pytest.mark.parametrize(
+    ("option", "seen"),
+    [
+        ("--gpus-per-node=2", [("0,1", [0]), ("0,1", [1])]),
+        ("--gres=gpu:2", [("0,1", [0]), ("0,1", [1])]),
+        ("--gpus-per-task=1", [("0", [0]), ("1", [0])]),
+    ],
+)
+def test_each_task_takes_its_own_of_the_gpus_that_slurm_gives(option, seen, gpu_cluster):
+    words = ["srun", "--nodes=2", "--ntasks-per-node=2", option, sys.executable, "-c", SHARE]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"} | gpu_cluster
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    shares = sorted(json.loads(line) for line in done.stdout.splitlines())
+    assert shares == [[rank, *seen[rank % 2]] for rank in range(4)]
+
+
+@pytest.fixture(scope="module")
+def gpu_cluster(session_cluster, start_and_stop):
+    start, stop = start_and_stop
+    directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+    yield start(directory, nodes=2, gpus=2, cpus=4, first_job=1)
+    stop(directory)
+    shutil.rmtree(directory)
