@@ -108,21 +108,11 @@ def test_a_run_that_fails_in_every_way_ends_as_the_undisturbed_one(cluster, undi
 
 
 def test_a_run_of_four_processes_goes_on_with_two_and_one(cluster, undisturbed, tmp_path):
-    """Four processes until the time limit, two until they are stopped, one until the end; a second job is refused."""
+    """Four processes until they are stopped, two until the time limit, one to the end; a second job is refused."""
     run = tmp_path / "run"
-    slowly = cluster.profile(pace_s=0.4)
-    job = cluster.submit(run, *FOUR_TASKS, "--profile", slowly, "--time", "0:01:00", "--via", "sbatch")
+    job = cluster.submit(run, *FOUR_TASKS, "--profile", cluster.profile(pace_s=0.1), "--via", "sbatch")
     expected = undisturbed(cluster)
-    cluster.wait("the time limit", lambda: ends(run, job), run)
-    end = ends(run, job)[0]
-    assert (end["code"], end["decision"]) == (75, "requeue"), cluster.everything(run)
-    assert 0 < end["durable_step"] < STEPS
-    cluster.wait("the queue", lambda: cluster.state(job)["JobState"] == "PENDING", run)
-    assert "was waiting: cancelled" in cluster.dpscale("stop", str(run))
-
-    cluster.profile(pace_s=0.1)
-    second = cluster.dpscale("resume", str(run), "--tasks-per-node", "1", "--time", "0:30:00").split()[1]
-    cluster.wait_for_step(end["durable_step"] + 10, run)
+    cluster.wait_for_step(10, run)
     shown = cluster.dpscale("status", str(run))
     for part in ("state          running", "on t[1-2] in partition low", f"of {STEPS}", "checkpoint     step"):
         assert part in shown
@@ -131,25 +121,34 @@ def test_a_run_of_four_processes_goes_on_with_two_and_one(cluster, undisturbed, 
         str(ROOT / "slurm/train.sbatch"), str(cluster.config),
         DPSCALE_RUN_DIR=str(run), DPSCALE_PYTHON=cluster.python,
     ).strip()  # fmt: skip
-    cluster.wait_for_end(intruder, run)
+    cluster.wait("its refusal", lambda: ends(run, intruder), run)
     assert ends(run, intruder)[0]["code"] == 2
     assert "in use by" in (tmp_path / "intruder.out").read_text()
 
     cluster.dpscale("stop", str(run))
-    cluster.wait_for_end(second, run)
-    end = ends(run, second)[0]
+    cluster.wait_for_end(job, run)
+    end = ends(run, job)[0]
     assert (end["code"], end["decision"]) == (0, "final")
-    stopped_at = end["durable_step"]
-    assert stopped_at < STEPS
-
+    assert 10 <= end["durable_step"] < STEPS
     forgotten = run / "attempts" / "67000000.0"  # a job that SLURM knows no more, nor does its accounting
     forgotten.mkdir()
     assert "state          stopped" in cluster.dpscale("status", str(run))
     forgotten.rmdir()
 
-    last = cluster.dpscale("resume", str(run), "--nodes", "1").split()[1]
+    cluster.profile(pace_s=60 / (STEPS - end["durable_step"]))  # too slow for a minute
+    second = cluster.dpscale("resume", str(run), "--tasks-per-node", "1", "--time", "0:01:00").split()[1]
+    cluster.wait("the time limit", lambda: ends(run, second), run)
+    [end] = ends(run, second)
+    assert (end["code"], end["decision"]) == (75, "requeue"), cluster.everything(run)
+    saved_at = end["durable_step"]
+    assert saved_at < STEPS
+    cluster.wait("the queue", lambda: cluster.state(second)["JobState"] == "PENDING", run)
+    assert "was waiting: cancelled" in cluster.dpscale("stop", str(run))
+
+    cluster.profile()
+    last = cluster.dpscale("resume", str(run), "--nodes", "1", "--time", "0:30:00").split()[1]
     cluster.wait_for_end(last, run)
-    assert f"resumed from the checkpoint of step {stopped_at}" in newest_log(run, last)
+    assert f"resumed from the checkpoint of step {saved_at}" in newest_log(run, last)
     assert [len(list(cluster.drawn.glob(f"{each}.*"))) for each in (job, second, last)] == [4, 2, 1]
     check_draws_and_noise(cluster, run, [job, second, last])
     np.testing.assert_allclose(parameters(run), expected, **ANOTHER_PROCESS_COUNT)
