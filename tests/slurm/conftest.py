@@ -56,7 +56,7 @@ def session_cluster() -> Iterator[dict[str, str]]:
     directory = Path(tempfile.mkdtemp(prefix="slurm-"))
     first_job = int(time.time()) % 60_000_000 + 1000 * int(WORKER.removeprefix("gw"))
     try:
-        yield local_cluster.start(directory, nodes=2, cpus=4, grace_s=40, first_job=first_job)
+        yield local_cluster.start(directory, nodes=3, cpus=4, grace_s=40, first_job=first_job)
         local_cluster.stop(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -47,7 +47,7 @@ def test_a_sweep_of_one_and_two_processes_goes_from_submit_to_the_page(cluster, 
     for record in found.records:
         assert record.processes == record.devices
         assert record.environment["cores_usable"] == 1
-        assert set(record.nodes) <= {"t1", "t2"}
+        assert set(record.nodes) <= {"t1", "t2", "t3"}
 
     (sweep / "records" / "n2-b128-r1-private.json").unlink()
     table = cluster.dpscale("scaling", "curves", str(sweep))

@@ -88,7 +88,7 @@ def test_a_run_that_fails_in_every_way_ends_as_the_undisturbed_one(cluster, undi
     assert end["at"] - killed_at < 60
 
     cluster.wait_for_step(70, run)
-    urgent = cluster.command("sbatch", "--parsable", "-N2", "-phigh", "-c4", "-o/dev/null", "--wrap=sleep 1").strip()
+    urgent = cluster.command("sbatch", "--parsable", "-N3", "-phigh", "-c4", "-o/dev/null", "--wrap=sleep 1").strip()
     cluster.wait("the end of the urgent job", lambda: cluster.state(urgent)["JobState"] == "COMPLETED", run)
     end = ends(run, job)[3]
     assert (end["code"], end["decision"]) == (75, "requeue"), cluster.everything(run)
@@ -172,8 +172,8 @@ def test_after_a_lost_node_damaged_checkpoints_are_set_aside_and_reported_and_ne
     (run / "ckpt" / str(newest + 2)).mkdir()
     for checkpoint in (half, run / "ckpt" / str(newest)):
         truncate_largest_file(checkpoint)
-    cluster.local_cluster.start_node(cluster.files, "t1")
     cluster.wait_for_restart(job, 1, run)
+    assert cluster.state(job)["NodeList"] == "t[2-3]"
     going_on = f"resumed from the checkpoint of step {newest - 10}"
     cluster.wait(going_on, lambda: going_on in newest_log(run, job), run)
     cluster.wait_for_step(newest, run)
@@ -194,6 +194,8 @@ def test_after_a_lost_node_damaged_checkpoints_are_set_aside_and_reported_and_ne
     assert "checkpoints in" in newest_log(run, again)
     assert "is whole" in newest_log(run, again)
     assert not (run / "finished").exists()
+    cluster.local_cluster.start_node(cluster.files, "t1")
+    cluster.wait("the node's return", lambda: cluster.command("sinfo", "-hnt1", "-plow", "-o%T") == "idle\n", run)
 
 
 def committed_step(run: Path) -> int:
