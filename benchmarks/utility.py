@@ -103,7 +103,7 @@ def train_jax_privacy(recipe: Recipe, seed: int) -> float:
         keep_batch_dim=False,
     )
     noise = noise_addition.gaussian_privatizer(
-        stddev=clipped.sensitivity() / plan.expected_batch_size * plan.noise_multiplier,
+        stddev=clipped.sensitivity() * plan.noise_multiplier,  # of the mean: normalize_by is in it
         prng_key=jax.random.key(seed),
     )
     rule = optax.chain(noise, optax.sgd(optimizer.learning_rate, momentum=optimizer.momentum))
