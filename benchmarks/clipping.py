@@ -1,6 +1,7 @@
 """What clipping costs: time, temporary memory and compile time of each method and peer, next to plain SGD.
 
     python benchmarks/clipping.py [MODEL ...] [--methods auto ghost] [--repeats 7]
+    python benchmarks/clipping.py --table          # what was measured, as README's table
 
 All methods of a model are run in turn (A B C A B C ...), after a warm-up; a figure is the median, and its ratio is to
 the faster of two SGD steps: the gradient of the vmapped loss and of the loss written for a batch. Writes
@@ -58,6 +59,31 @@ def show(result: dict[str, Any]) -> None:
         print("  " + line, flush=True)
 
 
+def table(names: list[str]) -> str:
+    """README's table of the results that there are. Opacus is compared with PyTorch's own plain step."""
+    lines = ["| model, batch | auto: time | memory | ghost: time | memory | jax_privacy | Opacus hooks, ghost |"]
+    lines.append("| --- " * 7 + "|")
+    for name in names:
+        path, peer = RESULTS / f"clipping-{name}.json", RESULTS / f"clipping-opacus-{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            seen = result["methods"]
+            cells = [f"{name}, {result['batch']}"]
+            for method in ("auto", "ghost"):
+                cells += [_times(seen.get(method, {}), key) for key in ("times_sgd", "memory_of_sgd")]
+            cells.append(_times(seen.get("jax_privacy", {}), "times_sgd"))
+            torch = json.loads(peer.read_text())["methods"] if peer.exists() else {}
+            cells.append(", ".join(_times(torch.get(method, {}), "times_sgd") for method in ("hooks", "ghost")))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _times(seen: dict[str, Any], key: str) -> str:
+    if "refused" in seen:
+        return "refused"
+    return f"x{seen[key]:.2f}" if seen else "-"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=NAMES, metavar="MODEL", help=", ".join(NAMES))
@@ -65,7 +91,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, help="instead of each model's own batch size")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--table", action="store_true", help="measure nothing: print README's table from the results")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.models))
+        return
     for name in arguments.models:
         result = measure(name, list(arguments.methods), arguments.repeats, arguments.batch)
         show(result)
