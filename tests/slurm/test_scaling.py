@@ -55,7 +55,7 @@ def test_a_sweep_of_one_and_two_processes_goes_from_submit_to_the_page(cluster, 
     assert "missing   n2-b128-r1-private: its job ended with exit code 0" in table
     page = (sweep / "curves" / "index.html").read_text()
     assert "n2-b128-r1-private" in page
-    assert page.count("<svg ") == 5
+    assert page.count("<svg ") == 6
     rows = json.loads((sweep / "curves" / "curves.json").read_text())["rows"]
     assert len(rows) == 7
 

@@ -1,0 +1,56 @@
+"""A run with a sharded update that moves between numbers of processes and devices ends as one that never moved."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+import pytest
+from test_distributed import run_together
+from test_resume import StopAfter, ledger, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+SHARDED = {"update_sharding": "sharded"}
+
+TOGETHER = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from dpscale.distributed import Membership, initialize, leave
+    initialize(Membership.from_environment())
+    import jax
+    from test_resume import StopAfter, run
+    assert (jax.process_count(), jax.device_count()) == (2, 2)
+    result = run(Path({run_dir!r}), stops=StopAfter({looks}) if {looks} else None, performance={performance!r})
+    print("ended", result.state)
+    leave()
+"""
+
+
+def on_two(run_dir, job: int, looks: int = 0, **performance) -> None:
+    values = {"tests": os.path.dirname(__file__), "looks": looks, "run_dir": str(run_dir), "performance": performance}
+    for code, output in run_together(TOGETHER.format(**values), str(job + os.getpid() % 400)):
+        assert code == 0, output
+        assert "ended " + ("stopped" if looks else "finished") in output, output
+
+
+def test_whole_on_two_processes_then_sharded_on_eight_devices_then_on_two_processes_ends_as_one(tmp_path):
+    """12 steps in three parts."""
+    run_dir = tmp_path / "run"
+    on_two(run_dir, 1000, looks=2)
+    whole = committed(run_dir)
+    run(run_dir, stops=StopAfter(2), performance=SHARDED)
+    moved = committed(run_dir)
+    on_two(run_dir, 1400, **SHARDED)
+    assert 0 < whole < moved < 12 == committed(run_dir)
+    assert ledger(run_dir).charged_steps == 12
+    assert len(ledger(run_dir).attempts) == 1
+    ended, expected = run(run_dir), run(tmp_path / "undisturbed")
+    for mine, theirs in zip(jax.tree.leaves(ended.params), jax.tree.leaves(expected.params), strict=True):
+        # Other draws, noise or momentum would move a parameter by about 1e-2; sums in another order by some 1e-6.
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
+
+
+def committed(run_dir) -> int:
+    return ledger(run_dir).current.committed  # type: ignore[union-attr]
