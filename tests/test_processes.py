@@ -53,4 +53,6 @@ def test_whole_on_two_processes_then_sharded_on_eight_devices_then_on_two_proces
 
 
 def committed(run_dir) -> int:
-    return ledger(run_dir).current.committed  # type: ignore[union-attr]
+    current = ledger(run_dir).current
+    assert current is not None
+    return current.committed

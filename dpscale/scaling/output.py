@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,13 +40,11 @@ def write_prediction(found: Prediction, measured: Curves | None, folder: Path) -
 
 def _write(folder: Path, files: Mapping[str, str], figures: Mapping[str, Draw], *, png: bool) -> Path:
     drawn: dict[str, str | bytes] = dict(files)
-    try:
+    with contextlib.suppress(NoMatplotlibError):  # the page says so
         for name, draw in figures.items():
             drawn[f"{name}.svg"] = PROLOGUE + to_svg(name, draw) + "\n"
             if png:
                 drawn[f"{name}.png"] = to_png(draw)
-    except NoMatplotlibError:
-        pass  # the page says so
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in drawn.items():

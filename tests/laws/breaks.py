@@ -4,7 +4,7 @@ python tests/laws/breaks.py            # all laws, in a copy of the tree, with t
 python tests/laws/breaks.py 9 37       # some of them
 """
 
-# ruff: noqa: E501
+# ruff: noqa: E501 (lines of the code are quoted whole: each must be found as it stands)
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ from dpscale.privacy.secret import RootSecret
 from dpscale.sampling import PoissonSampler
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = 120
+REQUIRED = os.environ.get("DPSCALE_REQUIRE_SLURM") == "1"
+KILLS = int(os.environ.get("DPSCALE_SOAK_KILLS", "5" if REQUIRED else "0"))
+STEPS = max(120, 20 * KILLS)  # of each run; in the soak about six for each kill, and at most 20
 CLEAR_UP_S = 4.0
 CONFIG = f"""
 [run]

@@ -14,10 +14,8 @@ import time
 
 import numpy as np
 import pytest
-from slurm_runs import STEPS, check_draws_and_noise, durable_step, ends, newest_log, parameters
+from slurm_runs import KILLS, STEPS, check_draws_and_noise, durable_step, ends, newest_log, parameters
 
-REQUIRED = os.environ.get("DPSCALE_REQUIRE_SLURM") == "1"
-KILLS = int(os.environ.get("DPSCALE_SOAK_KILLS", "5" if REQUIRED else "0"))
 SEED = 20
 
 
