@@ -6,11 +6,14 @@ import os
 import platform
 import time
 
+import numpy as np
 import pytest
 
 from dpscale.distributed import Membership
+from dpscale.errors import InputError
 from launch.doctor import (
     Finding,
+    check_devices,
     check_file_system,
     check_packages,
     check_processes,
@@ -81,6 +84,56 @@ def test_slurm_that_does_not_answer_is_a_failure_inside_a_job_only(tmp_path, mon
     assert [finding.level for finding in check_slurm()] == ["warn"]
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     assert [finding.level for finding in check_slurm()] == ["fail"]
+
+
+def test_an_old_python_and_missing_packages_fail(monkeypatch):
+    monkeypatch.setattr("launch.doctor.sys.version_info", (3, 10, 0))
+    assert (check_python().level, check_python().remedy) == ("fail", "dpscale needs 3.11 or newer")
+    monkeypatch.setattr("launch.doctor.PACKAGES", ("jax", "no-such-package"))
+    assert (check_packages().level, check_packages().what) == ("fail", "packages missing: no-such-package")
+
+
+def test_a_laptop_without_slurm_is_warned_only(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [(finding.level, finding.remedy) for finding in check_slurm()] == [
+        ("warn", "fine on a laptop; on a cluster load its module")
+    ]
+
+
+def test_a_busy_file_system_is_a_warning_and_one_that_shows_old_content_fails(tmp_path, monkeypatch):
+    write = __import__("dpscale.durable").durable.write_atomically
+    monkeypatch.setattr("launch.doctor.SLOW_RENAME_S", -1.0)
+    monkeypatch.setattr("dpscale.durable.write_atomically", lambda path, data: write(path, "0"))
+    stale, slow = check_file_system(tmp_path)
+    assert (stale.level, stale.what) == ("fail", f"{tmp_path}: a renamed file shows old content")
+    assert (slow.level, slow.remedy) == ("warn", "a busy file system: save less often")
+
+
+def test_a_gpu_that_jax_does_not_use_fails(monkeypatch):
+    assert [finding.level for finding in check_devices(1)] == ["ok"]
+    monkeypatch.setattr("launch.doctor.shutil.which", lambda name: f"/usr/bin/{name}")
+    assert [finding.what for finding in check_devices(1) if finding.level == "fail"] == [
+        "a GPU is here, but jax uses the CPU"
+    ]
+
+
+def test_processes_with_unequal_devices_fail_and_a_slow_collective_is_a_warning(monkeypatch):
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda value: np.asarray([value, 99]))
+    monkeypatch.setattr("launch.doctor.SLOW_COLLECTIVE_S", -1.0)
+    _, unequal, slow = check_devices(2)
+    assert (unequal.level, unequal.remedy) == ("fail", "ask for as many on each node")
+    assert unequal.what.endswith(", 99]")
+    assert (slow.level, slow.remedy) == ("warn", "set the network interface in the profile (NCCL_SOCKET_IFNAME)")
+
+
+def test_processes_that_do_not_find_each_other_are_a_finding_too(tmp_path, monkeypatch):
+    def fail(membership):
+        raise InputError("process(es) 1 (node t2) of 2 did not come")
+
+    monkeypatch.setattr("dpscale.distributed.initialize", fail)
+    lines: list[str] = []
+    assert examine(tmp_path / "runs", lines.append) == 1
+    assert "fail  the processes do not find each other: process(es) 1 (node t2) of 2 did not come" in lines
 
 
 def test_a_finding_that_is_not_good_has_a_remedy():
