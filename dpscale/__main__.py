@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from dpscale.errors import DpscaleError
@@ -9,10 +10,12 @@ from dpscale.errors import DpscaleError
 
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input, 75 saved and wants to be started again, else a crash."""
-    from dpscale.cli import app
+    # pydantic would look for its plugins in the metadata of every installed package, here and in each task.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    from dpscale.cli import command_line
 
     try:
-        code = app(standalone_mode=False)
+        code = command_line(sys.argv[1:])(standalone_mode=False)
     except DpscaleError as error:
         if "--debug" in sys.argv:
             raise

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.main
 
 from dpscale.cli_audit import register as register_audit
 from dpscale.cli_bench import register as register_bench
@@ -13,7 +16,6 @@ from dpscale.cli_cluster import register as register_cluster
 from dpscale.cli_data import register as register_data
 from dpscale.cli_privacy import register as register_privacy
 from dpscale.cli_scaling import register as register_scaling
-from dpscale.config import describe_keys, load_config
 
 app = typer.Typer(
     help="Differentially private training of JAX models, from a laptop to a SLURM cluster.",
@@ -30,6 +32,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 def _print_keys(wanted: bool) -> None:
     if wanted:
+        from dpscale.config import describe_keys
+
         typer.echo(describe_keys())
         raise typer.Exit
 
@@ -50,6 +54,7 @@ def train(
 
     Example: dpscale train configs/quickstart.toml privacy.epsilon=2 --run-dir runs/first
     """
+    from dpscale.config import load_config
     from launch.runtime import TaskArguments, run_task
 
     parsed = load_config(config, overrides or [])  # every error is found before a process starts
@@ -78,6 +83,7 @@ def plan(
     Example: dpscale plan configs/quickstart.toml privacy.epsilon=8
     Example: dpscale plan configs/quickstart.toml --simulate-at batch=256
     """
+    from dpscale.config import load_config
     from dpscale.plan_text import plan_lines
     from dpscale.simulate import simulation_lines
 
@@ -96,3 +102,15 @@ register_bench(app)
 register_data(app)
 register_privacy(app)
 register_scaling(app)
+
+
+def command_line(words: Sequence[str]) -> Callable[..., int | None]:
+    """What is called for these words: the verb that they begin with, or all verbs where they name none.
+
+    The options of a verb cost milliseconds to build, and the verbs that only ask SLURM shall answer at once.
+    """
+    named = [verb for verb in app.registered_commands if verb.callback and verb.callback.__name__ in words[:1]]
+    chosen = copy.copy(app)
+    if named:
+        chosen.registered_commands, chosen.registered_groups = named, []
+    return typer.main.get_group(chosen)

@@ -14,7 +14,7 @@ import typer
 from dpscale.errors import InputError
 
 if TYPE_CHECKING:
-    from launch.submit import Submission
+    from launch.submission import Submission
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
 Nodes = Annotated[int, typer.Option(min=1, help="nodes")]
@@ -58,7 +58,8 @@ def submit(
     Example: dpscale submit configs/quickstart.toml --nodes 20 --gpus-per-node 4 --time 8:00:00 --profile mysite
     """
     from dpscale.config import load_config
-    from launch.submit import Submission, submit_run, what_next
+    from launch.submission import Submission
+    from launch.submit import submit_run, what_next
 
     asked = Submission(
         nodes,
@@ -150,7 +151,7 @@ def stop(
     """
     from launch import slurm_commands
     from launch.status import require_run
-    from launch.submit import jobs_of
+    from launch.submission import jobs_of
 
     where = _absolute(run)
     require_run(where)
@@ -186,9 +187,12 @@ def resume(
     Example: dpscale resume runs/quickstart --nodes 10
     """
     from dpscale.config import load_config
-    from launch.submit import Submission, last_submission, submit_run, what_next
+    from launch.status import require_run
+    from launch.submission import Submission, last_submission
+    from launch.submit import submit_run, what_next
 
     where = _absolute(run)
+    require_run(where)
     if not (where / "run.json").exists():
         raise InputError(f"{where} has not started yet: there is nothing to go on from. Use dpscale submit")
     if (where / "finished").exists():

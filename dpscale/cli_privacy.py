@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 
 from dpscale.errors import InputError, PrivacyError
-from dpscale.privacy.shown import shown_epsilon
 
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
@@ -51,6 +50,7 @@ def epsilon(
     Example: dpscale privacy epsilon --noise-multiplier 1.1 --batch-size 256 --examples 60000 --steps 10000 --delta 1e-5
     """
     from dpscale.privacy import accounting
+    from dpscale.privacy.shown import shown_epsilon
 
     value = accounting.epsilon(
         noise_multiplier=noise_multiplier,

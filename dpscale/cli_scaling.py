@@ -65,7 +65,7 @@ def submit(
     from dpscale.config import load_config
     from dpscale.scaling.job import Wanted, submit_sweep
     from dpscale.scaling.point import MODES, VARIANTS, parse_counts, parse_names
-    from launch.submit import Submission
+    from launch.submission import Submission
 
     parsed = load_config(config, overrides or [])
     wanted = Wanted(

@@ -25,7 +25,8 @@ UNSET = "unset"  # as an override's value: the file's value is taken away; the t
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, and nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    # Deferred: the whole config's validator is built once, when a file is read, and not each section's before it.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, defer_build=True)
 
 
 class RunSection(Section):

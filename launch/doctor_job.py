@@ -13,7 +13,7 @@ from dpscale.errors import InputError
 from launch.profiles import load_profile
 from launch.resources import format_time
 from launch.script import Job, body_of_tasks, interpreter, sbatch_options
-from launch.submit import Submission
+from launch.submission import Submission
 
 LIMIT = "0:10:00"
 # Options of sbatch that srun does not have.

@@ -47,7 +47,7 @@ dpscale_ended() {  # 0 and 2 are final, 75 was saved and goes on, anything else 
   state=$(scontrol show job "$dpscale_job" -o 2>/dev/null | grep -oE ' (JobState=RUNNING|Reason=TimeLimit) ')
   case $code in
     0 | 2) ;;
-    75 | 140)  # 140: USR2 came before Python could listen
+    75 | 140)  # 140: USR2 came before Python could listen, or while files were staged
       if (( advanced || $(dpscale_count '"advanced":0,"decision":"requeue"') < dpscale_max_fruitless )); then
         decision=requeue
       else
@@ -79,9 +79,6 @@ if (( dpscale_restart > 0 )) && [[ -e $dpscale_run/finished || -e $dpscale_run/S
   exit 0
 fi
 trap dpscale_ended EXIT
-
-dpscale_end=$(squeue -h -j "$dpscale_job" -o %e 2>/dev/null)
-if [[ $dpscale_end == *T* ]]; then export DPSCALE_DEADLINE; DPSCALE_DEADLINE=$(date -d "$dpscale_end" +%s); fi
 """
 
 MEETING = """\
@@ -92,6 +89,12 @@ DPSCALE_HEAD_ADDRESS=$(scontrol show node "$SLURMD_NODENAME" -o | grep -o 'NodeA
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 """
 HEAD += MEETING
+
+DEADLINE = """\
+# Asked last: SLURM signals steps alone, and brings forward the end of a job that it preempts before its first step.
+dpscale_end=$(squeue -h -j "$dpscale_job" -o %e 2>/dev/null)
+if [[ $dpscale_end == *T* ]]; then export DPSCALE_DEADLINE; DPSCALE_DEADLINE=$(date -d "$dpscale_end" +%s); fi
+"""
 
 SRUN_OPTIONS = ("--kill-on-bad-exit=1", "--wait=60", "--unbuffered")
 
@@ -205,9 +208,9 @@ def body(job: Job) -> list[str]:
         lines += [
             'srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 '
             f"cp -ruT -- {shlex.quote(source)} {shlex.quote(destination)}"
-            ' || { echo "dpscale: staging failed"; exit 1; }'
+            ' || { code=$?; echo "dpscale: staging ended with code $code"; exit "$code"; }'
         ]
-    return lines
+    return [*lines, DEADLINE.rstrip("\n")]
 
 
 def _which_run(job: Job) -> list[str]:
@@ -274,7 +277,7 @@ dpscale_run=${DPSCALE_RUN_DIR:-$("$dpscale_python" -m launch.default_run_dir -- 
 dpscale_max_crashes=${DPSCALE_MAX_CRASHES:-3} dpscale_max_fruitless=10
 """
 
-BY_HAND_END = shlex.join(["srun", *SRUN_OPTIONS]) + ' "$dpscale_python" -m launch.runtime --logs \\\n'
+BY_HAND_END = DEADLINE + "\n" + shlex.join(["srun", *SRUN_OPTIONS]) + ' "$dpscale_python" -m launch.runtime --logs \\\n'
 BY_HAND_END += '  --run-dir "$dpscale_run" -- "$@"\n'
 
 

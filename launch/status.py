@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from dpscale.errors import InputError
 from dpscale.metrics.status import read_status
 from dpscale.privacy.shown import shown_epsilon
 from launch import slurm_commands
-from launch.submit import jobs_of
+from launch.submission import jobs_of
 
 LOST = "lost"
+END_KEYS = {"restart": int, "code": int, "durable_step": int, "decision": str, "at": int | float}
 WHY = {
     "requeue": "saved its state and was queued again",
     "requeue-after-crash": "crashed after new checkpoints, queued again",
@@ -39,7 +42,7 @@ def status_lines(run_dir: Path) -> list[str]:
     own = read_status(run_dir) or {}
     lines = [f"run            {run_dir}", f"state          {_state(run_dir, own, facts)}"]
     if newest:
-        lines.append(f"job            {_job(newest[0], facts)}")
+        lines.append(f"job            {_job(facts.get('job', newest[0]), facts)}")
     if own:
         lines.append(f"step           {own.get('step')} of {own.get('steps')}")
         rate = examples_per_s(run_dir)
@@ -54,7 +57,7 @@ def status_lines(run_dir: Path) -> list[str]:
             lines.append(f"verified       {own['verified_laws']} laws, before the first step of this start")
         lines.append(f"checkpoint     {_checkpoint(own)}")
         lines.append(f"written        {_age(own.get('updated_at'))}")
-    lines += _restarts(run_dir)
+    lines += _restarts(run_dir, newest, facts)
     crashes = sorted((run_dir / "attempts").glob("*/crash/*.txt"), key=lambda path: path.stat().st_mtime)
     lines += [f"  crash file   {path}" for path in crashes[-3:] if path.stat().st_size]
     return lines
@@ -65,17 +68,20 @@ def read_ends(run_dir: Path) -> list[dict[str, Any]]:
     ends = []
     for file in (run_dir / "attempts").glob("*.ends"):
         for line in file.read_text(errors="replace").splitlines():
-            try:
-                ends.append({"job": file.stem, **json.loads(line)})
-            except ValueError:
-                continue
+            with contextlib.suppress(ValueError):
+                end = json.loads(line)
+                if isinstance(end, dict) and all(isinstance(end.get(key), kind) for key, kind in END_KEYS.items()):
+                    ends.append({"job": file.stem, **end})
     return sorted(ends, key=lambda end: end["at"])
 
 
-def _restarts(run_dir: Path) -> list[str]:
+def _restarts(run_dir: Path, newest: list[str], facts: dict[str, str]) -> list[str]:
     """How often a job came back, and how its last incarnations ended."""
     ends = read_ends(run_dir)
     came_back = _came_back(run_dir)
+    restarts = int(facts["restarts"]) if facts.get("restarts", "").isdecimal() else 0
+    if restarts:  # SLURM counts the one that waits to begin again, too; files bear the element's own number
+        came_back.setdefault((newest[0].partition("_")[0], restarts - 1), time.time())
     said = {(end["job"], end["restart"]) for end in ends}
     lost = [{"job": job, "restart": restart, "decision": LOST, "at": at} for (job, restart), at in came_back.items()]
     ends = sorted(ends + [end for end in lost if (end["job"], end["restart"]) not in said], key=lambda end: end["at"])
@@ -124,6 +130,9 @@ def log_files(run_dir: Path, rank: int | None) -> list[Path]:
     if not logs and rank is None:
         logs = list(attempts.glob("job-*.log"))
     if not logs:
+        ranks = {int(path.stem[5:]) for path in attempts.glob("*/rank-*.log") if path.stem[5:].isdecimal()}
+        if rank is not None and ranks:
+            raise InputError(f"there is no log of rank {rank} in {attempts}: its processes are 0 to {max(ranks)}")
         which = f"of rank {rank} " if rank is not None else ""
         raise InputError(f"there is no log {which}in {attempts} yet: look at `dpscale status`, or try again later")
     return sorted(logs, key=lambda path: path.stat().st_mtime)

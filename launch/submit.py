@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dpscale.config import RunConfig, to_toml
 from dpscale.durable import write_atomically
@@ -18,50 +18,14 @@ from dpscale.errors import InputError, RunDirectoryError
 from dpscale.lease import EXPIRES_AFTER_S
 from dpscale.run_directory import RunDirectory
 from launch import slurm_commands
-from launch.profiles import Profile, load_profile
-from launch.resources import Resources, parse_time
+from launch.profiles import load_profile
 from launch.script import PLAIN_PATH, SRUN_OPTIONS, Job, body, header, interpreter, render, sbatch_options
+from launch.submission import Submission, Via, jobs_of, next_submission
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
-Via = Literal["submitit", "sbatch"]
 LEASE_MARGIN_S = 10  # for clocks that differ a little
-
-
-@dataclass(frozen=True)
-class Submission:
-    """What was asked for, kept in RUN/attempts/submit-N/submission.json so that `dpscale resume` can ask again."""
-
-    nodes: int
-    time: str
-    gpus_per_node: int | None
-    tasks_per_node: int | None
-    cpus_per_task: int | None
-    profile: str
-    via: Via
-    sbatch_args: tuple[str, ...] = ()
-    srun_args: tuple[str, ...] = ()
-    working_directory: str = ""
-    job: str | None = None
-
-    @classmethod
-    def from_json(cls, text: str) -> Submission:
-        """What `save` wrote."""
-        values = json.loads(text)
-        return cls(**{**values, "sbatch_args": tuple(values["sbatch_args"]), "srun_args": tuple(values["srun_args"])})
-
-    def resources(self, profile: Profile) -> Resources:
-        """Validated, with the profile's defaults.
-
-        Raises: InputError for what no job or no job of this site can have.
-        """
-        gpus = profile.gpus_per_node if self.gpus_per_node is None else self.gpus_per_node
-        time_s = parse_time(self.time)
-        if profile.max_time is not None and time_s > parse_time(profile.max_time):
-            raise InputError(f"--time {self.time} is longer than this site's {profile.max_time}: jobs are requeued")
-        tasks = self.tasks_per_node or profile.tasks_per_node or max(1, gpus)
-        return Resources(self.nodes, time_s, gpus, tasks, self.cpus_per_task or profile.cpus_per_task)
 
 
 @dataclass(frozen=True)
@@ -137,6 +101,7 @@ def submit_job(
     text = script_text(job, folder, submission.via)
     if dry_run:
         return None, text
+    slurm_commands.require("sbatch")
     refuse_while_running(run_dir)
     make_directories(run_dir, folder, int(job.profile.run_directory_mode, 8))
     prepare()
@@ -155,36 +120,6 @@ def _keep_config(config: RunConfig, path: Path) -> None:
     write_atomically(path, to_toml(config))
 
 
-def last_submission(run_dir: Path) -> Submission | None:
-    """What was last submitted for this run; None when it never was, or by hand."""
-    for folder in reversed(_submissions(run_dir)):
-        if (folder / "submission.json").exists():
-            return Submission.from_json((folder / "submission.json").read_text())
-    return None
-
-
-def jobs_of(run_dir: Path) -> list[str]:
-    """Ids of the jobs that this run is known to have had, the newest last; job arrays as ARRAY_INDEX."""
-    jobs: set[str] = set()
-    for entry in (run_dir / "attempts").glob("*"):
-        job, dot, restart = entry.name.rpartition(".")
-        if dot and restart.isdecimal() and job.isdecimal():
-            jobs.add(job)
-    for folder in _submissions(run_dir):
-        file = folder / "submission.json"
-        job = Submission.from_json(file.read_text()).job if file.exists() else None
-        if job:
-            jobs.add(job)
-    # One element of an array has the array's own number, which SLURM takes for all of them.
-    arrays = {job.partition("_")[0] for job in jobs if "_" in job}
-    return sorted(jobs - arrays, key=lambda job: [int(part) for part in job.split("_")])
-
-
-def next_submission(run_dir: Path) -> str:
-    """Name of the next submission's folder."""
-    return f"submit-{len(_submissions(run_dir)) + 1}"
-
-
 def what_next(run_dir: Path, job: str) -> list[str]:
     """Lines for the owner: where it lives, how to follow and stop it."""
     where = shlex.quote(os.path.relpath(run_dir) if run_dir.is_relative_to(Path.cwd()) else str(run_dir))
@@ -197,18 +132,13 @@ def what_next(run_dir: Path, job: str) -> list[str]:
     ]
 
 
-def _submissions(run_dir: Path) -> list[Path]:
-    folders = [path for path in (run_dir / "attempts").glob("submit-*") if path.name[7:].isdecimal()]
-    return sorted(folders, key=lambda path: int(path.name[7:]))
-
-
 def make_directories(run_dir: Path, folder: Path, mode: int) -> None:
     """The run's directory, with `mode` if it is new, and the submission's folder in it.
 
     Raises: RunDirectoryError where they cannot be made.
     """
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
         if not run_dir.exists():
             run_dir.mkdir()
             run_dir.chmod(mode)
@@ -255,16 +185,25 @@ def script_text(job: Job, folder: Path, via: Via) -> str:
 
 
 def submit_through_submitit(job: Job, folder: Path, tasks: Sequence[Any]) -> list[str]:
-    """One job that calls the task, or one array with an element for each; their ids."""
+    """One job that calls the task, or one array with an element for each; their ids.
+
+    Raises: SlurmError with sbatch's own words when it refuses.
+    """
+    from submitit.core.utils import FailedJobError
+
     executor = _submitit_executor(job, folder)
-    with executor.batch():
-        submitted = [executor.submit(task) for task in tasks]
+    try:
+        with executor.batch():
+            submitted = [executor.submit(task) for task in tasks]
+    except FailedJobError as error:
+        raise slurm_commands.SlurmError(f"sbatch said: {str(error).strip()}") from error
     return [each.job_id for each in submitted]
 
 
 def _submitit_executor(job: Job, folder: Path) -> SlurmExecutor:
     from submitit import SlurmExecutor
 
+    slurm_commands.require("srun")  # without it submitit makes no script either
     header(sbatch_options(job))  # submitit quotes for the shell, which is not enough for a comment line
     options = {name: True if value is None else value for name, value in sbatch_options(job).items()}
     nodes, tasks = int(str(options.pop("nodes"))), int(str(options.pop("ntasks-per-node")))

@@ -18,11 +18,10 @@ from dpscale.errors import InputError
 from launch import slurm_commands
 from launch.profiles import load_profile
 from launch.script import Job
+from launch.submission import Submission, next_submission
 from launch.submit import (
-    Submission,
     SubmittedTask,
     make_directories,
-    next_submission,
     refuse_while_running,
     script_text,
     submit_through_submitit,
@@ -90,6 +89,7 @@ def submit_sweep(
     text = script_text(job, folders[0], submission.via)
     if dry_run:
         return None, text, runs
+    slurm_commands.require("sbatch")
     for run, folder, values in zip(runs, folders, configs, strict=True):
         refuse_while_running(run)
         make_directories(run, folder, int(profile.run_directory_mode, 8))

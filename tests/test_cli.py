@@ -182,3 +182,17 @@ def test_help_config_lists_every_section():
 def test_help_answers_without_jax():
     code = "import sys, dpscale.cli; sys.exit('jax' in sys.modules or 'dp_accounting' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_only_the_options_of_the_named_verb_are_built_and_every_verb_is_listed_where_none_is_named():
+    code = "import dpscale.cli as cli; print(*({verb!r}, *cli.command_line([{verb!r}]).commands))"
+    listed = {}
+    for verb in ("status", "submit", "privacy", "stauts"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(verb=verb)], capture_output=True, text=True, check=True
+        )
+        listed[verb] = done.stdout.split()[1:]
+    assert (listed["status"], listed["submit"]) == (["status"], ["submit"])
+    assert {"status", "train", "privacy", "data"} <= set(listed["privacy"])
+    assert listed["privacy"] == listed["stauts"]
+    assert "Did you mean 'status'" in refused("stauts")

@@ -191,6 +191,22 @@ def test_an_element_of_an_array_is_queued_again_as_itself_for_one_of_them_has_th
     assert (runs[1] / "attempts" / "7.ends").exists()
 
 
+@pytest.mark.parametrize(("code", "decision"), [(140, "requeue"), (1, "gave-up")])
+def test_a_signal_while_files_are_staged_is_no_crash(tmp_path, code, decision):
+    profile = JOB.profile.model_copy(update={"stage": {"/data": "/local"}})
+    assert ended(tmp_path, code, job=replace(JOB, profile=profile)) == decision
+
+
+def test_the_end_of_the_job_is_asked_for_when_nothing_but_the_tasks_is_left_to_do(tmp_path):
+    """A job that is preempted before its first step gets no signal, only an earlier end."""
+    site = Profile(setup=["module load cuda"], stage={"/data": "/local"})
+    for text in (render(replace(JOB, profile=site)), by_hand()):
+        lines = [line for line in text.partition("trap dpscale_ended EXIT")[2].splitlines() if line]
+        asked = next(number for number, line in enumerate(lines) if line.startswith("dpscale_end=$(squeue"))
+        assert lines[asked + 1].startswith("if [[ $dpscale_end == *T* ]]; then export DPSCALE_DEADLINE")
+        assert lines[asked + 2].startswith("srun --kill-on-bad-exit")
+
+
 @pytest.mark.parametrize("marker", ["STOP", "finished"])
 def test_a_requeued_job_with_nothing_to_do_ends_at_once(tmp_path, marker):
     run = tmp_path / "run"

@@ -37,6 +37,11 @@ FAKES = {
 }
 
 
+# What takes longer to import than a login node's verb may take, and what submitting alone needs.
+HEAVY = {"jax", "jaxlib", "dp_accounting", "flax", "optax", "numpy", "scipy", "orbax", "grain", "matplotlib", "rich"}
+HEAVY_BUT_FOR_SUBMIT = {"submitit", "asyncio", "launch.profiles"}
+
+
 class Login:
     """A login node: a directory with a config, SLURM's commands, and the dpscale command."""
 
@@ -60,7 +65,9 @@ class Login:
         errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
         assert done.returncode == code, done.stdout + "\n".join(errors)
         imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
-        assert not imported & {"jax", "jaxlib", "dp_accounting", "flax"}, "the login node's verbs import no jax"
+        assert not imported & HEAVY, "the login node's verbs import no jax"
+        if words[0] in ("status", "logs", "stop"):
+            assert not imported & {"dpscale.config", "launch.submit", *HEAVY_BUT_FOR_SUBMIT}
         return done.stdout + "\n".join(errors)
 
     def job_is(self, state: str, reason: str = "None") -> None:
@@ -144,8 +151,18 @@ def test_status_reads_slurm_then_accounting_then_files(login):
     login.job_is("PENDING", "Priority")
     assert "pending (Priority)" in login.dpscale("status", str(login.run))
     (login.directory / "job").unlink()
-    (login.directory / "sacct").write_text("NODE_FAIL|t1|low\n")
-    assert "node_fail" in login.dpscale("status", str(login.run))
+    for line, shown in {  # as SLURM 22.05 with slurmdbd printed them
+        "COMPLETED|t1|low": ("completed", "job            41 on t1 in partition low"),
+        "FAILED|t2|low": ("failed", "on t2"),
+        "REQUEUED|t1|low": ("requeued", "on t1"),
+        "CANCELLED by 0|None assigned|low": ("cancelled", "job            41 in partition low"),
+        "NODE_FAIL|t1|low": ("node_fail", "on t1"),
+    }.items():
+        (login.directory / "sacct").write_text(line + "\n")
+        state, job = shown
+        said = login.dpscale("status", str(login.run))
+        assert f"state          {state}\n" in said
+        assert job in said
 
     status = {"state": "running", "step": 4, "steps": 8, "epsilon": 1.5, "delta": 1e-4, "checkpoint_step": 3}
     (login.run / "status.json").write_text(json.dumps(status | {"updated_at": "2026-01-01T00:00:00+00:00"}))
@@ -260,6 +277,7 @@ def test_logs_show_the_newest_incarnation_of_a_rank(login):
             os.utime(folder / f"rank-{rank}.log", (time.time() + restart,) * 2)
     assert login.dpscale("logs", str(login.run)) == "restart 1 rank 0\n"
     assert login.dpscale("logs", str(login.run), "--rank", "1") == "restart 1 rank 1\n"
+    assert "its processes are 0 to 1" in login.dpscale("logs", str(login.run), "--rank", "2", code=2)
 
 
 def test_following_goes_on_with_the_next_incarnation_leaves_nothing_out_and_ends_with_the_run(login):
@@ -300,6 +318,14 @@ def test_a_restart_that_the_script_could_not_explain_is_counted_and_named(login)
     assert "job 41, restart 1: exit code 75" in shown
 
 
+def test_a_job_that_waits_to_begin_again_is_counted_as_restarted(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    login.job_is("PENDING", "BeginTime")  # SLURM says Restarts=1; the next incarnation has no files yet
+    shown = login.dpscale("status", str(login.run))
+    assert "pending (BeginTime)" in shown
+    assert "restarts       1\n  job 41, restart 0: its script had no time to say why" in shown
+
+
 def test_one_element_of_an_array_is_never_asked_for_by_the_arrays_number(login):
     login.dpscale("submit", "config.toml", "--sweep", "optimizer.learning_rate=0.1,0.3")
     point = login.run / "learning_rate=0.3"
@@ -311,11 +337,82 @@ def test_one_element_of_an_array_is_never_asked_for_by_the_arrays_number(login):
     assert "job 41_1 is running" in login.dpscale("stop", str(point))
 
 
+def test_a_requeued_element_is_cancelled_by_its_index_for_slurm_knows_its_own_number_no_more(login):
+    login.dpscale("submit", "config.toml", "--sweep", "optimizer.learning_rate=0.1,0.3")
+    point = login.run / "learning_rate=0.1"
+    (point / "attempts" / "42.0").mkdir()  # what the element was called when it came into being
+    (login.directory / "job").write_text(
+        "JobId=42 ArrayJobId=41 ArrayTaskId=0 JobName=x JobState=PENDING Reason=BeginTime Partition=low"
+    )
+    assert "job            41_0 in partition low" in login.dpscale("status", str(point))
+    assert "job 41_0 was waiting: cancelled" in login.dpscale("stop", str(point))
+    assert (login.directory / "cancelled").read_text() == "41_0\n"
+
+
+def test_an_array_that_still_waits_as_a_whole_is_asked_for_by_the_element(login):
+    login.dpscale("submit", "config.toml", "--sweep", "optimizer.learning_rate=0.1,0.3")
+    (login.directory / "job").write_text("JobId=41 ArrayJobId=41 ArrayTaskId=0-1 JobState=PENDING Reason=Priority")
+    assert "job 41_1 was waiting: cancelled" in login.dpscale("stop", str(login.run / "learning_rate=0.3"))
+    assert (login.directory / "cancelled").read_text() == "41_1\n"
+
+
 def test_a_place_that_is_no_run_is_named(login):
-    for verb in ("status", "logs", "stop"):
-        assert "is no run's directory" in login.dpscale(verb, str(login.directory), code=2)
+    for place in (login.directory, login.config, login.directory / "nowhere"):
+        for verb in ("status", "logs", "stop", "resume"):
+            assert "is no run's directory" in login.dpscale(verb, str(place), code=2)
 
 
-def test_without_slurm_the_message_says_where_to_go(login):
+@pytest.mark.parametrize("place", ["config.toml", "config.toml/below"])
+def test_a_run_directory_that_cannot_be_made_is_named(login, place):
+    assert "cannot be written" in login.dpscale("submit", "config.toml", "--run-dir", place, code=2)
+    assert not (login.directory / "script").exists()
+
+
+@pytest.mark.parametrize("text", ['{"nodes": 1, "ti', "[]", '{"nodes": 1}'])
+def test_a_damaged_submission_hides_nothing_else_and_resume_names_it(login, text):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    (login.run / "attempts" / "submit-1" / "submission.json").write_text(text)
+    (login.run / "attempts" / "40.0").mkdir()
+    (login.run / "attempts" / "40.ends").write_text('[1]\n{"at": "x"}\n{"restart": 0}\n"half')
+    (login.run / "run.json").touch()
+    assert "job            40" in login.dpscale("status", str(login.run))
+    login.dpscale("stop", str(login.run))
+    assert "submit-1/submission.json cannot be read" in login.dpscale("resume", str(login.run), code=2)
+
+
+@pytest.mark.parametrize("text", ['{"st', '{"step": "x"}'])
+def test_a_damaged_status_is_named_with_its_remedy(login, text):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    (login.run / "status.json").write_text(text)
+    assert "status.json is not a run's status" in login.dpscale("status", str(login.run), code=2)
+
+
+def test_stopping_twice_and_resuming_a_finished_run_are_harmless(login):
+    login.dpscale("submit", "config.toml", "--via", "sbatch")
+    login.job_is("RUNNING")
+    for _ in range(2):
+        assert "job 41 is running: it saves" in login.dpscale("stop", str(login.run))
+    (login.run / "run.json").touch()
+    (login.run / "finished").touch()
+    assert "nothing to stop" in login.dpscale("stop", str(login.run))
+    assert "has finished" in login.dpscale("resume", str(login.run), code=2)
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+@pytest.mark.parametrize("sweep", [(), ("--sweep", "optimizer.learning_rate=0.1,0.3")])
+def test_without_slurm_the_message_says_where_to_go_and_nothing_is_made(login, via, sweep):
     login.environment["PATH"] = "/usr/nowhere"
-    assert "sbatch not found" in login.dpscale("submit", "config.toml", "--via", "sbatch", code=2)
+    for words in ((), ("--dry-run",) if via == "submitit" else ()):
+        said = login.dpscale("submit", "config.toml", "--via", via, *sweep, *words, code=2)
+        assert "not found: run this on a login node of the cluster" in said
+    assert not login.run.exists()
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+def test_what_sbatch_refuses_is_said_in_its_own_words(login, via):
+    (login.directory / "bin" / "sbatch").write_text(
+        "#!/bin/bash\necho 'sbatch: error: Invalid generic resource (gres) specification' >&2; exit 1\n"
+    )
+    said = login.dpscale("submit", "config.toml", "--via", via, code=1)
+    assert said.splitlines()[-1] == "dpscale: sbatch said: sbatch: error: Invalid generic resource (gres) specification"
+    assert "not started" in login.dpscale("status", str(login.run))

@@ -502,7 +502,8 @@ def test_destroying_the_secret_ends_the_run_for_good(run, tmp_path):
 
 
 def test_a_run_without_its_secret_cannot_go_on_nor_be_submitted(tmp_path):
-    from launch.submit import Submission, submit_run
+    from launch.submission import Submission
+    from launch.submit import submit_run
 
     run = trained(tmp_path / "run", 6)
     quietly(run, tmp_path / "out", destroy_secret=True)

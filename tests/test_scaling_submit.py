@@ -21,7 +21,7 @@ from dpscale.scaling.job import Wanted, by_hand, layout, submit_sweep
 from dpscale.scaling.options import Effort, MeasureOptions
 from dpscale.scaling.point import Setting
 from dpscale.scaling.sweep import Sweep, data_kind, logical_batch
-from launch.submit import Submission
+from launch.submission import Submission
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

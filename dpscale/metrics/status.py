@@ -15,6 +15,8 @@ from dpscale.errors import PrivacyError, RunDirectoryError
 from dpscale.metrics.files import PRIVATE_MODE, explained, replace_file
 
 STATES = ("running", "stopped", "finished", "failed")
+NUMBERS = ("step", "steps", "epsilon", "delta", "verified_laws", "checkpoint_step")
+NUMBER = (int, float, type(None))
 
 STATUS_KEYS: Mapping[str, str] = MappingProxyType(
     {
@@ -72,6 +74,6 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
         status = json.loads(text)
     except ValueError:
         status = None
-    if not isinstance(status, dict):
+    if not isinstance(status, dict) or any(not isinstance(status.get(key, 0), NUMBER) for key in NUMBERS):
         raise RunDirectoryError(f"{path} is not a run's status (one JSON object): remove it; the run writes a new one.")
     return status

@@ -19,7 +19,8 @@ from launch.profiles import Profile, load_profile
 from launch.resources import Resources
 from launch.runtime import TaskArguments, run_task
 from launch.script import MEETING, SRUN_OPTIONS, Job
-from launch.submit import Submission, next_submission, submit_job
+from launch.submission import Submission, next_submission
+from launch.submit import submit_job
 
 
 @dataclass(frozen=True)
