@@ -207,14 +207,40 @@ def truncate_largest_file(directory: Path) -> None:
     os.truncate(largest, largest.stat().st_size // 2)
 
 
-def test_a_signal_before_the_first_step_and_a_requeue_from_outside_lose_nothing(cluster, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    job = cluster.submit(run, *TWO_TASKS, "--profile", cluster.profile(pace_s=0.05), "--via", "submitit")
-    cluster.wait("the first process", lambda: list(run.glob("attempts/*/rank-1.log")), run)
-    cluster.command("scancel", "--signal=USR2", job)
-    cluster.wait_for_restart(job, 1, run)
-    assert [end["code"] for end in ends(run, job)] == [75], cluster.everything(run)
+def test_elements_of_submitits_array_lose_nothing_by_an_early_end_a_signal_or_a_requeue_and_are_stopped_alone(
+    cluster, undisturbed, tmp_path
+):
+    """What comes before the first step included: SLURM tells it to nobody, and the tasks find their end near."""
+    setup = [f"while [[ ! -e '{tmp_path}'/go-$SLURM_ARRAY_TASK_ID ]]; do sleep 0.2; done"]
+    profile = cluster.profile(pace_s=0.05, setup=setup)
+    words = ["submit", str(cluster.config), "--sweep", "optimizer.learning_rate=0.4,0.5", "--run-dir", str(tmp_path)]
+    printed = cluster.dpscale(*words, *TWO_TASKS, "--time", "0:30:00", "--profile", profile, "--via", "submitit")
+    array = printed.split()[2].rstrip(",")  # also the number of the last element, in the names of its files
+    other, run = tmp_path / "learning_rate=0.4", tmp_path / "learning_rate=0.5"
+    job, other_job = f"{array}_1", f"{array}_0"
+    cluster.wait("its start", lambda: cluster.state(job)["JobState"] == "RUNNING", run)
+    cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # as preemption does
+    (tmp_path / "go-1").touch()
+    cluster.wait("the queue", lambda: cluster.state(job)["JobState"] == "PENDING", run)
+    assert [end["code"] for end in ends(run, array)] == [75], cluster.everything(run)
+    cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
+    cluster.wait_for_restart(job, 1, run)
+    cluster.wait("the second start", lambda: list(run.glob("attempts/*.1/rank-1.log")), run)
+    cluster.command("scancel", "--signal=USR2", job)
+
+    (tmp_path / "go-0").touch()
+    cluster.wait_for_step(10, other)
+    cluster.command("scontrol", "requeue", other_job)
+    cluster.wait("the queue", lambda: cluster.state(other_job)["JobState"] == "PENDING", other)
+    assert f"job {other_job} was waiting: cancelled" in cluster.dpscale("stop", str(other))
+    cluster.wait("its end", lambda: cluster.state(other_job)["JobState"] == "CANCELLED", other)
+    shown = cluster.dpscale("status", str(other))
+    assert f"job            {other_job} " in shown
+    assert "restarts       1" in shown
+
+    cluster.wait_for_restart(job, 2, run)
+    assert [end["code"] for end in ends(run, array)] == [75, 75], cluster.everything(run)
     expected = undisturbed(cluster)
     cluster.wait_for_step(durable_step(run) + 20, run)
     cluster.command("scontrol", "requeue", job)
