@@ -1,7 +1,8 @@
-"""Whether every device still holds the same parameters, told from one 32-bit checksum a device."""
+"""Whether every device still holds the same parameters and every process made the same draw: sent, and read later."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,32 +11,73 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from dpscale.distributed import check_agreement
 from dpscale.errors import DivergedError
-from dpscale.mesh import DATA_AXIS
+from dpscale.mesh import DATA_AXIS, local_positions, place_rows, replicated, split
 
 REMEDY = "Go on from the last checkpoint; if it happens again, the hardware or the network corrupts data: run doctor."
 
 
 class ReplicaCheck:
-    """Compares the parameters of all devices without moving them: each device sums its own bits.
+    """Compares the parameters of all devices without moving them: each device sums its own bits to 32.
 
-    Raises: DivergedError from the call when any two devices, of one process or of two, differ.
+    The sums are gathered with the processes' draws, 20 bytes a device, and no host waits for another. It is a
+    collective, so all processes must send their checks between the same two steps.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._checksums = jax.jit(
-            jax.shard_map(_checksum, mesh=mesh, in_specs=P(), out_specs=P(DATA_AXIS), check_vma=False)
+        self._mesh = mesh
+        mapped = jax.shard_map(
+            _gather_checksums, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=P(), check_vma=False
         )
+        # Shardings are said, so that equal ones that come from different programs compile nothing again.
+        self._gather = jax.jit(mapped, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh))
 
-    def __call__(self, params: Any) -> bytes:
-        """Wait for `params` and compare; the checksum that all devices agree on, 4 bytes. Sensitive without a key."""
-        mine = [int(np.asarray(shard.data)[0]) for shard in self._checksums(params).addressable_shards]
-        if len(set(mine)) > 1:
-            raise DivergedError(f"the devices of one process hold different parameters: all must be equal. {REMEDY}")
-        agreed = np.uint32(mine[0]).tobytes()
-        check_agreement("the parameters", agreed, REMEDY)
-        return agreed
+    def send(self, params: Any, draw: bytes) -> SentCheck:
+        """Send a check of `params` and of `draw`, 16 bytes that tell a draw from another; waits for nothing.
+
+        `params` may be donated to what is sent after it.
+        """
+        words = np.tile(np.frombuffer(draw, "<u4").astype(np.uint32), (len(local_positions(self._mesh)), 1))
+        gathered = self._gather(params, place_rows(self._mesh, words))
+        gathered.copy_to_host_async()
+        return SentCheck(gathered, tuple(device.process_index for device in self._mesh.devices.flat))
+
+
+@dataclass(frozen=True)
+class SentCheck:
+    """A check under way. `gathered`: uint32[devices, 5], checksum and draw of each device, the same everywhere;
+    `processes`: to which process each device belongs.
+    """
+
+    gathered: jax.Array
+    processes: tuple[int, ...]
+
+    def agreed(self) -> bytes:
+        """The checksum that all devices agree on, 4 bytes, sensitive without a key; waits for what was sent before it.
+
+        Raises: DivergedError, on every process, when any two devices hold different parameters or any two processes
+            made different draws.
+        """
+        rows = np.asarray(self.gathered)
+        for what, columns, remedy in (
+            ("the parameters", slice(0, 1), REMEDY),
+            ("the draw", slice(1, None), "All must run one version on one data set."),
+        ):
+            part = rows[:, columns]
+            different = np.flatnonzero(np.any(part != part[0], axis=1))
+            if len(different):
+                owners = sorted({self.processes[device] for device in different})
+                raise DivergedError(
+                    f"{what} of device(s) {different.tolist()} (process(es) {owners}) differ from device 0's: all must "
+                    f"be equal, or the noise and the sampling are not what is accounted. {remedy}"
+                )
+        return rows[0, 0].tobytes()
+
+
+def _gather_checksums(params: Any, draw: jax.Array) -> jax.Array:
+    """uint32[devices, 5] on every device."""
+    mine = jnp.concatenate([_checksum(params), draw[0]])
+    return jax.lax.all_gather(mine, DATA_AXIS)
 
 
 def _checksum(params: Any) -> jax.Array:

@@ -38,7 +38,8 @@ from dpscale.physical_batch import agreed_physical_batch_size
 from dpscale.placement import Placement
 from dpscale.privacy.ledger import Ledger
 from dpscale.program import program_facts
-from dpscale.replicas import ReplicaCheck
+from dpscale.ranges import Ranges
+from dpscale.replicas import ReplicaCheck, SentCheck
 from dpscale.report import write_report
 from dpscale.restore import restore
 from dpscale.run_directory import RunDirectory
@@ -62,6 +63,7 @@ from dpscale.weights import write_weights
 # Steps charged ahead where checkpoint.every_steps does not say: what a SIGKILL can leave charged until the resume.
 DEFAULT_RANGE_STEPS = 100
 SHOW_EPSILON_EVERY_S = 2.0
+NO_DRAW = bytes(16)  # in a check of parameters alone
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,8 @@ class _Run:
         )
         self.stack.callback(self.feed.close)
         self.check_replicas = ReplicaCheck(self.mesh)
+        length = self.config.checkpoint.every_steps or DEFAULT_RANGE_STEPS
+        self.ranges = Ranges(self.briefing.start_step, self.briefing.last_step, length)
         if self.held_out is not None:
             threads = self.config.data.num_threads
             self.evaluator = Evaluator(self.mesh, self.task.whole_metrics, self.held_out, rows_per_device, threads)
@@ -413,18 +417,21 @@ class _Run:
 
         No process can finish a step of the range before process 0 takes part in its reduction, which is after this.
         """
-        if step < self.range_end:
+        opening = self.ranges.before(step, self._send_check)
+        if opening is None:
             return
-        length = self.config.checkpoint.every_steps or DEFAULT_RANGE_STEPS
-        self.range_end = min((step // length + 1) * length, self.briefing.last_step)
-        state = self.check_replicas((self.state.params, self.state.ema))
-        check_agreement(f"the draw of step {step}", self.feed.draw_digest(step), "All must run one version.")
+        self.range_end = opening.end
         if self.ledger is not None and self.lease is not None:
             self.lease.check()
             facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
-            facts["state"] = self.briefing.secret.mac("fingerprint", b"state before the range/" + state)
+            digest = self.briefing.secret.mac("fingerprint", b"state before the range/" + opening.checksum)
+            facts |= {"state": digest, "state_step": opening.state_step}
             self.ledger.open_range(self.briefing.attempt, step, self.range_end, facts)
             self.metrics.status("running", step, self._epsilon(self.range_end))
+
+    def _send_check(self, start: int) -> SentCheck:
+        """Of the state that the next step starts from, and of the draw that the range's first step will use."""
+        return self.check_replicas.send((self.state.params, self.state.ema), self.feed.draw_digest(start))
 
     def _requests(self) -> jax.Array:
         every_s = self.config.checkpoint.every_s
@@ -450,6 +457,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         with self.watchdog.grace():
+            # Copying the state waits for the devices anyway; what they do not agree on must not become durable.
+            self.check_replicas.send((self.state.params, self.state.ema), NO_DRAW).agreed()
             if is_main():
                 self._commit(self.checkpoints.wait())
             head = self.ledger.head if self.ledger is not None else None

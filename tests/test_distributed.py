@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -100,6 +101,25 @@ def test_processes_of_one_srun_meet_agree_and_fail_together():
             check_agreement("the draw", bytes([me]), "Look.")
         except DivergedError as error:
             print("diverged", error)
+        import numpy as np
+        from dpscale.mesh import data_mesh, place_replicated
+        from dpscale.replicas import ReplicaCheck
+        from dpscale.scaling.parts import over_processes
+        mesh = data_mesh()
+        replicas = ReplicaCheck(mesh)
+        same = {"w": np.arange(5, dtype=np.float32)}
+        odd = {"w": np.arange(5, dtype=np.float32) + me * 1e-6}
+        def check(params, draw):
+            leaf = place_replicated(mesh, params)
+            return replicas.send(leaf, draw)
+        sent = [check(same, bytes(16)), check(odd, bytes(16)), check(same, bytes([me] * 16))]
+        print("alike", sent[0].agreed().hex())
+        for one in sent[1:]:
+            try:
+                one.agreed()
+            except DivergedError as error:
+                print("unlike", error)
+        print("slowest", over_processes(np.array([1.0 + me, 5.0 - me, 2.0])).tolist())
         leave()
         """,
         job=str(100 + os.getpid() % 400),
@@ -108,3 +128,10 @@ def test_processes_of_one_srun_meet_agree_and_fail_together():
         assert code == 0, output
         assert "refused no" in output
         assert "diverged the draw of process(es) [1] differs" in output
+        assert "unlike the parameters of device(s) [1] (process(es) [1]) differ from device 0's" in output
+        assert "unlike the draw of device(s) [1] (process(es) [1]) differ from device 0's" in output
+        assert "slowest [2.0, 5.0, 2.0]" in output
+    alike = [re.search(r"^alike (\w+)", output, re.MULTILINE) for _, output in ended]
+    assert alike[0] is not None
+    assert alike[1] is not None
+    assert alike[0][1] == alike[1][1]

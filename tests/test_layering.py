@@ -31,7 +31,7 @@ LAYERS = [
     ["dpscale.shard_update"],
     ["dpscale.step", "dpscale.replicas", "dpscale.run_directory", "dpscale.lease", "dpscale.program"],
     ["dpscale.feed", "dpscale.loop", "dpscale.evaluate", "dpscale.checkpoint", "dpscale.task", "dpscale.metrics"],
-    ["dpscale.gradients", "dpscale.restore"],
+    ["dpscale.gradients", "dpscale.restore", "dpscale.ranges"],
     ["dpscale.physical_batch"],
     ["dpscale.run_record"],
     ["dpscale.session", "dpscale.spending", "dpscale.search_cost"],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 from step_fixtures import mesh_of
 
 from dpscale.errors import DivergedError
-from dpscale.mesh import place_replicated, replicated
-from dpscale.replicas import ReplicaCheck
+from dpscale.mesh import place_replicated, place_rows, replicated
+from dpscale.replicas import ReplicaCheck, SentCheck
+
+DRAW = bytes(range(16))
 
 
 def parameters() -> dict[str, np.ndarray]:
@@ -74,16 +79,15 @@ CHANGES = [one_bit, one_sign, two_signs, all_signs, exchanged_elements, exchange
 def test_equal_replicas_pass_whatever_they_hold():
     mesh = mesh_of(8)
     check = ReplicaCheck(mesh)
-    check(place_replicated(mesh, parameters()))
-    check(place_replicated(mesh, nan(parameters())))
-    check(place_replicated(mesh, {"low": jnp.ones((3,), jnp.bfloat16)}))
+    for params in (parameters(), nan(parameters()), {"low": jnp.ones((3,), jnp.bfloat16)}):
+        assert len(check.send(place_replicated(mesh, params), DRAW).agreed()) == 4
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_device_that_differs_is_seen(change):
     mesh = mesh_of(8)
-    with pytest.raises(DivergedError, match="different parameters"):
-        ReplicaCheck(mesh)(with_one_device_different(mesh, parameters(), change))
+    with pytest.raises(DivergedError, match=r"the parameters of device\(s\) \[5\] \(process\(es\) \[0\]\) differ"):
+        ReplicaCheck(mesh).send(with_one_device_different(mesh, parameters(), change), DRAW).agreed()
 
 
 def test_a_difference_of_any_single_bit_is_seen():
@@ -97,10 +101,45 @@ def test_a_difference_of_any_single_bit_is_seen():
             return p
 
         with pytest.raises(DivergedError):
-            check(with_one_device_different(mesh, params, flip))
+            check.send(with_one_device_different(mesh, params, flip), DRAW).agreed()
 
 
-def test_the_check_moves_no_parameters_between_devices():
+def test_the_checksum_is_that_of_the_parameters_at_the_time_of_sending():
+    """They are donated to the step that is sent next, as in the loop."""
     mesh = mesh_of(8)
-    program = ReplicaCheck(mesh)._checksums.lower(place_replicated(mesh, parameters())).compile().as_text()
-    assert not any(name in program for name in ("all-reduce", "all-gather", "collective-permute", "all-to-all"))
+    check = ReplicaCheck(mesh)
+    update = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
+    params = place_replicated(mesh, parameters())
+    sent = check.send(params, DRAW)
+    later = check.send(update(params), DRAW)
+    assert all(leaf.is_deleted() for leaf in params.values())
+    alone = check.send(place_replicated(mesh, parameters()), DRAW)
+    assert sent.agreed() == alone.agreed() != later.agreed()
+
+
+def test_a_process_with_another_draw_is_named():
+    """Eight devices of four processes, of which the third draws its own batch."""
+    mesh = mesh_of(8)
+    words = np.tile(np.frombuffer(DRAW, "<u4"), (8, 1))
+    words[4:6, 3] ^= 1
+    gathered = ReplicaCheck(mesh)._gather(place_replicated(mesh, parameters()), place_rows(mesh, words))
+    with pytest.raises(DivergedError, match=r"the draw of device\(s\) \[4, 5\] \(process\(es\) \[2\]\) differ"):
+        SentCheck(gathered, (0, 0, 1, 1, 2, 2, 3, 3)).agreed()
+
+
+def test_every_bit_of_the_draw_is_compared():
+    mesh = mesh_of(2)
+    check, params = ReplicaCheck(mesh), place_replicated(mesh_of(2), parameters())
+    rows = [np.asarray(check.send(params, (1 << bit).to_bytes(16, "little")).gathered)[0, 1:] for bit in range(128)]
+    assert len({row.tobytes() for row in rows}) == 128
+
+
+def test_the_only_collective_of_the_check_gathers_twenty_bytes_a_device():
+    mesh = mesh_of(8)
+    arguments = place_replicated(mesh, parameters()), place_rows(mesh, np.zeros((8, 4), np.uint32))
+    program = ReplicaCheck(mesh)._gather.lower(*arguments).compile().as_text()
+    assert program is not None
+    assert re.findall(r"(\S+) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)\(", program) == [
+        (mock.ANY, "all-gather")
+    ]
+    assert re.search(r"u32\[8,5\]\S* all-gather\(|u32\[40\]\S* all-gather\(", program)

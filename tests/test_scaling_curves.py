@@ -2,14 +2,20 @@
 
 import csv
 import io
+import re
 
 import numpy as np
 import pytest
-from scaling_records import planted
+from scaling_records import planted, record
 
 from dpscale.scaling.curves import curves, law_text, table_lines
 from dpscale.scaling.fits import amdahl, centre, gustafson, resampled
+from dpscale.scaling.forecast import Asked, forecast
+from dpscale.scaling.plots import caveat_of_all, legend_names, scaling_figures, to_svg
+from dpscale.scaling.point import Setting
+from dpscale.scaling.prediction_text import prediction_lines
 from dpscale.scaling.sweep import collect
+from dpscale.sweep_page import sweep_page
 
 SERIAL = {"private": 0.02, "nonprivate": 0.1}
 COST = {"private": 1.2, "nonprivate": 1.0}
@@ -103,9 +109,68 @@ def test_a_busy_machine_is_named_in_the_caveat(tmp_path):
     assert "load average up to 4.2 on 2 cores" in curves(collect(tmp_path)).caveat
 
 
+def one_second(setting, variant):
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ({"device_kind": "NVIDIA H100", "environment": {}}, "device: NVIDIA H100 / a processor, 2 cores"),
+        ({"num_parameters": 7}, "model: mlp of 1,000,000 parameters / mlp of 7 parameters"),
+        ({"num_examples": 50_000}, "examples in the data set: 100,000 / 50,000"),
+        ({"performance": {"update_sharding": "sharded"}}, "update_sharding: replicated / sharded"),
+        ({"batch": 500.0}, "logical batch of strong scaling: 1000 / 500"),
+        ({"environment": {"cpu": "a processor", "cores": 2, "packages": {"jax": "1"}}}, "versions: jax 0 / jax 1"),
+    ],
+)
+def test_points_that_are_not_alike_are_named_wherever_their_curve_is_shown(tmp_path, changes, seen):
+    """Records of two machines, models or settings in one directory still give a curve, which must say so."""
+    planted(tmp_path, [1, 2], one_second, repeats=1, performance={"update_sharding": "replicated"})
+    setting = Setting(4, changes.get("batch", 1000.0), ("strong",), 1)
+    changes = {"performance": {"update_sharding": "replicated"}, **changes}
+    record(setting, "private", 1.0, **changes).save(tmp_path / "records")
+    collected = collect(tmp_path)
+    found = curves(collected)
+    assert found.caveat.startswith(f"NOT ALIKE: the points differ in {seen};")
+    assert seen in "\n".join(table_lines(found))
+    assert seen in sweep_page(collected, found).html()
+    predicted, _ = forecast(tmp_path, Asked(counts=(8,), modes=("strong",), network="localhost"))
+    assert seen in "\n".join(prediction_lines(predicted))
+
+
+def test_points_that_differ_in_count_batch_of_weak_scaling_and_physical_batch_are_alike(tmp_path):
+    planted(tmp_path, [1, 2], one_second, performance={"physical_batch_size": 8})
+    record(Setting(4, 4000.0, ("weak",), 1), "private", 1.0, performance={"physical_batch_size": 2}).save(
+        tmp_path / "records"
+    )
+    assert "NOT ALIKE" not in curves(collect(tmp_path)).caveat
+
+
+def test_sweeps_on_one_plot_are_told_apart_and_each_says_where_it_was_measured(tmp_path):
+    for name, environment in (("old", {"cpu": "slow", "cores": 2}), ("new", {"cpu": "fast", "cores": 2})):
+        planted(tmp_path / name, [1, 2], one_second, repeats=1, environment=environment)
+    planted(tmp_path / "other", [1, 16], one_second, repeats=1, config_name="another")
+    old, new, other = (curves(collect(tmp_path / name)) for name in ("old", "new", "other"))
+    assert legend_names(old, [new]) == ["old", "new"]
+    assert legend_names(old, [other]) == ["planted", "another"]
+    assert legend_names(old, [new, old]) == ["planted (1)", "planted (2)", "planted (3)"]
+    assert caveat_of_all(old, [new]).startswith("Measured: old on slow, 2 cores; new on fast, 2 cores. CPU processes")
+    assert caveat_of_all(old, [new]).count("CPU processes") == 1
+    figures = scaling_figures(old, [new, other])
+    for name in ("strong-throughput", "weak-efficiency"):
+        # matplotlib draws letters as shapes, and says in a comment what they are.
+        texts = " ".join(re.findall(r"<!-- (.*?) -->", to_svg(name, figures[name])))
+        assert all(f"DP-SGD, {label}" in texts for label in ("old", "new", "other"))
+        assert "Measured: old on slow, 2 cores; new on fast, 2 cores" in texts
+        assert " 16 " in texts, "a count that only the other sweep has"
+
+
 def test_a_law_says_when_more_devices_were_slower(tmp_path):
     planted(tmp_path, [1, 2], lambda setting, variant: float(setting.devices))
-    assert "slower with more devices" in law_text(curves(collect(tmp_path)).laws[0])
+    text = law_text(curves(collect(tmp_path)).laws[0])
+    assert "slower with more devices" in text
+    assert "parallel" not in text
 
 
 def test_one_count_alone_gets_no_law(tmp_path):

@@ -125,11 +125,10 @@ def test_missing_and_failed_points_are_named_and_the_others_are_used(tmp_path):
     (attempts / "job-7.log").write_text("killed")
     found = collect(tmp_path)
     assert {one.name: one.why for one in found.missing} == {
-        "n1-b1000-r1-nonprivate": "its job has not ended, or never began",
         "n2-b2000-r1-private": "its job ended with exit code 137, see jobs/n2-b2000-r1/attempts/job-7.log",
     }
     assert len(found.records) == 4
-    assert len(found.unreadable) == 1
+    assert ["n1-b1000-r1-nonprivate.json" in text for text in found.unreadable] == [True]
 
 
 def test_records_made_by_hand_need_no_sweep_file(tmp_path):
@@ -137,6 +136,21 @@ def test_records_made_by_hand_need_no_sweep_file(tmp_path):
     assert collect(tmp_path).missing == ()
     assert len(collect(tmp_path / "records").records) == 2
     assert len(collect(tmp_path / "records" / "n1-b1000-r1-private.json").records) == 1
+
+
+def test_of_records_made_by_hand_the_kinds_and_repeats_that_others_have_are_named(tmp_path):
+    planted(tmp_path, [1, 2], lambda setting, variant: 1.0, repeats=2)
+    for name in ("n1-b1000-r1-private", "n2-b2000-r2-private", "n2-b2000-r2-nonprivate"):
+        (tmp_path / "records" / f"{name}.json").unlink()
+    (tmp_path / "records" / "n2-b1000-r1-private.json").write_text('{"schema')
+    found = collect(tmp_path)
+    assert [one.name for one in found.missing] == [
+        "n1-b1000-r1-private",
+        "n2-b2000-r2-private",
+        "n2-b2000-r2-nonprivate",
+    ]
+    assert all("other points have one" in one.why for one in found.missing)
+    assert ["n2-b1000-r1-private.json" in text for text in found.unreadable] == [True]
 
 
 def test_an_empty_directory_is_refused_with_what_to_do(tmp_path):

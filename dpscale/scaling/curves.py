@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from dpscale.scaling.record import INSIDE, PARTS, Record
 from dpscale.scaling.sweep import Collected, Missing
 
 BOOTSTRAP_SEED = 0
+MAY_FOLLOW_THE_COUNT = ("physical_batch_size",)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Curves:
-    """Everything that the table, the plots and the page show."""
+    """Everything that the table, the plots and the page show. `directory`: its last name, not the path to it."""
 
     name: str
+    directory: str
     where: str
     caveat: str
     rows: tuple[Row, ...]
@@ -110,6 +113,7 @@ def curves(collected: Collected) -> Curves:
     first = collected.records[0]
     return Curves(
         name=collected.name,
+        directory=_directory_name(collected.directory),
         where=_where(first),
         caveat=_caveat(collected.records),
         rows=tuple(rows),
@@ -143,8 +147,8 @@ def law_text(law: Law) -> str:
     """One sentence about a fitted law."""
     s = law.serial
     what = f"{law.law}, {law.mode} {law.variant}: serial part {s.value:.2%} ({s.low:.2%} to {s.high:.2%})"
-    slower = "; above 100 %: slower with more devices" if s.value > 1 else ""
-    return f"{what}, parallel {1 - s.value:.2%}, from {law.points} counts{slower}"
+    rest = "above 100 %: slower with more devices" if s.value > 1 else f"parallel {1 - s.value:.2%}"
+    return f"{what}, {rest}, from {law.points} counts"
 
 
 def overhead_text(one: Overhead) -> str:
@@ -214,14 +218,48 @@ def _overheads(mode: Mode, records: Iterable[Record], rng: np.random.Generator) 
     ]
 
 
+def _directory_name(directory: Path) -> str:
+    inner = directory.resolve()
+    return inner.parent.name if inner.name == "records" else inner.name
+
+
 def _where(record: Record) -> str:
     if record.device_kind.lower() != "cpu":
         return record.device_kind
     return f"{record.environment.get('cpu', 'CPU')}, {record.environment.get('cores', '?')} cores"
 
 
-def _caveat(records: Iterable[Record]) -> str:
-    records = list(records)
+def _caveat(records: Sequence[Record]) -> str:
+    return " ".join(text for text in (unlike(records), _of_cpus(records)) if text)
+
+
+def unlike(records: Sequence[Record]) -> str:
+    """Names what the points of one curve do not share: speed-up and efficiency then compare different things."""
+    shared: dict[str, set[str]] = {}
+    for record in records:
+        environment, performance = record.environment, record.performance
+        versions = environment.get("packages") or {}
+        facts = {
+            "device": _where(record),
+            "model": f"{record.model} of {record.num_parameters:,} parameters",
+            "examples in the data set": f"{record.num_examples:,}",
+            "versions": ", ".join(f"{name} {versions[name]}" for name in ("dpscale", "jax") if name in versions)
+            or "not said",
+        }
+        facts |= {name: str(value) for name, value in performance.items() if name not in MAY_FOLLOW_THE_COUNT}
+        if "strong" in record.modes:
+            facts["logical batch of strong scaling"] = f"{record.batch:g}"
+        if "weak" in record.modes:
+            facts["logical batch a device of weak scaling"] = f"{record.batch / record.devices:g}"
+        for name, value in facts.items():
+            shared.setdefault(name, set()).add(value)
+    differ = [f"{name}: {' / '.join(sorted(values))}" for name, values in shared.items() if len(values) > 1]
+    if not differ:
+        return ""
+    return f"NOT ALIKE: the points differ in {'; '.join(differ)}; speed-up and efficiency compare different things."
+
+
+def _of_cpus(records: Sequence[Record]) -> str:
     if any(record.device_kind.lower() != "cpu" for record in records):
         return ""
     cores = records[0].environment.get("cores") or 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpscale.errors import InputError
-from dpscale.scaling.curves import Curves, curves
+from dpscale.scaling.curves import Curves, curves, unlike
 from dpscale.scaling.network import load_network
 from dpscale.scaling.point import Mode, Variant
 from dpscale.scaling.predict import Prediction, predict
@@ -62,7 +62,8 @@ def forecast(source: Path | None, asked: Asked) -> tuple[Prediction, Curves | No
     adapted: dict[Variant, Workload] = {variant: replace(one, **changes) for variant, one in workloads.items()}
     for workload in adapted.values():
         _check(workload.batch, workload.num_examples)
-    return predict(adapted, network, asked.counts, asked.modes, collected.records), curves(collected)
+    found, mixed = predict(adapted, network, asked.counts, asked.modes, collected.records), unlike(collected.records)
+    return (replace(found, sources=(*found.sources, mixed)) if mixed else found), curves(collected)
 
 
 def _assumed(asked: Asked) -> Assumed:

@@ -86,7 +86,7 @@ def _throughput(figure: Figure, found: Curves, others: Sequence[Curves], mode: M
             axes.plot([row.devices for row in rows], ideal, color=colour, linewidth=0.9, linestyle=(0, (2, 3)))
     axes.plot([], [], color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), label="ideal")
     axes.set_ylabel("Examples a second")
-    _finish(figure, axes, f"{mode.capitalize()} scaling: throughput", found)
+    _finish(figure, axes, f"{mode.capitalize()} scaling: throughput", found, others)
 
 
 def _efficiency(figure: Figure, found: Curves, others: Sequence[Curves], mode: Mode) -> None:
@@ -98,7 +98,7 @@ def _efficiency(figure: Figure, found: Curves, others: Sequence[Curves], mode: M
     axes.axhline(100, color=GREY, linewidth=0.9, linestyle=(0, (2, 3)), label="ideal")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("Efficiency (% of ideal)")
-    _finish(figure, axes, f"{mode.capitalize()} scaling: efficiency", found)
+    _finish(figure, axes, f"{mode.capitalize()} scaling: efficiency", found, others)
 
 
 class _Percent:
@@ -113,12 +113,13 @@ def _ends(interval: Any) -> tuple[float, float, float]:
 def _each_curve(
     found: Curves, others: Sequence[Curves], mode: Mode
 ) -> Iterator[tuple[Curves, str, str, str, list[Row]]]:
+    names = legend_names(found, others)
     for number, curves in enumerate((found, *others)):
         style = "-" if number == 0 else OTHER_LINES[(number - 1) % len(OTHER_LINES)]
         for variant in VARIANTS:
             rows = curves.curve(variant, mode)
             if rows:
-                label = VARIANT_LABEL[variant] + (f", {curves.name}" if others else "")
+                label = VARIANT_LABEL[variant] + (f", {names[number]}" if others else "")
                 yield curves, style, label, VARIANT_COLOUR[variant], rows
 
 
@@ -212,11 +213,35 @@ def _measured_points(axes: Axes, measured: Curves | None, mode: Mode, counts: se
             axes.plot(x, shares, "o", color=VARIANT_COLOUR[variant], markersize=5, label=label, markerfacecolor="white")
 
 
-def _finish(figure: Figure, axes: Axes, title: str, found: Curves) -> None:
+def legend_names(found: Curves, others: Sequence[Curves]) -> list[str]:
+    """What tells the sweeps of one plot apart: their configs' names, else their directories', else their numbers."""
+    every = (found, *others)
+    for names in ([curves.name for curves in every], [curves.directory for curves in every]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{curves.name} ({number})" for number, curves in enumerate(every, start=1)]
+
+
+def _finish(figure: Figure, axes: Axes, title: str, found: Curves, others: Sequence[Curves]) -> None:
     axes.set_xlabel("Devices")
-    _device_ticks(axes, sorted({row.devices for row in found.rows}))
+    _device_ticks(axes, sorted({row.devices for curves in (found, *others) for row in curves.rows}))
     axes.legend(fontsize=8, frameon=False, handlelength=3.2)
-    _caption(figure, title, found.caveat)
+    _caption(figure, title, caveat_of_all(found, others))
+
+
+def caveat_of_all(found: Curves, others: Sequence[Curves]) -> str:
+    """What a plot of several sweeps cannot show, and where each was measured."""
+    if not others:
+        return found.caveat
+    names, every = legend_names(found, others), (found, *others)
+    where = "; ".join(f"{name} on {curves.where}" for name, curves in zip(names, every, strict=True))
+    owners: dict[str, list[str]] = {}
+    for name, curves in zip(names, every, strict=True):
+        owners.setdefault(curves.caveat, []).append(name)
+    caveats = [
+        caveat if len(of) == len(every) else f"{', '.join(of)}: {caveat}" for caveat, of in owners.items() if caveat
+    ]
+    return " ".join([f"Measured: {where}.", *caveats])
 
 
 def _device_ticks(axes: Axes, counts: list[int]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from dpscale.data.open import open_source
 from dpscale.data.options import SourceOptions
 from dpscale.durable import write_atomically
 from dpscale.errors import InputError
-from dpscale.scaling.point import Setting, Variant
+from dpscale.scaling.point import VARIANTS, Setting, Variant
 from dpscale.scaling.record import SHARED_MODE, Record, read_record
 
 SWEEP_FILE = "sweep.json"
@@ -72,7 +72,9 @@ class Missing:
 
 @dataclass(frozen=True)
 class Collected:
-    """Everything that is there. `records` are sorted by devices, batch, variant and repeat."""
+    """Everything that is there. `records` are sorted by devices, batch, variant and repeat. `missing`: what was asked
+    for, or by hand what the other points have, and neither `records` nor `unreadable` holds.
+    """
 
     directory: Path
     name: str
@@ -91,22 +93,24 @@ def collect(directory: Path) -> Collected:
         return Collected(directory, record.config_name, (record,), (), ())
     sweep = Sweep.load(directory)
     folder = directory / "records" if (directory / "records").is_dir() else directory
-    records, unreadable = [], []
+    records: list[Record] = []
+    unreadable: dict[str, str] = {}
     for path in sorted(folder.glob("n*-b*-r*-*.json")):
         try:
             records.append(read_record(path))
         except InputError as error:
-            unreadable.append(str(error))
-    missing = _missing(directory, sweep, records) if sweep else []
+            unreadable[path.name] = str(error)
+    there = {*unreadable, *(record.file_name for record in records)}
+    missing = _missing(directory, sweep, there) if sweep else _gaps(records, there)
     if not records:
-        reasons = "; ".join([*unreadable, *(f"{one.name}: {one.why}" for one in missing)][:4])
+        reasons = "; ".join([*unreadable.values(), *(f"{one.name}: {one.why}" for one in missing)][:4])
         raise InputError(
             f"{directory} holds no scaling record{f' ({reasons})' if reasons else ''}: make some with dpscale scaling "
             "submit or dpscale scaling measure"
         )
     records.sort(key=lambda r: (r.devices, r.batch, r.variant, r.repeat))
     name = sweep.config_name if sweep else records[0].config_name
-    return Collected(directory, name, tuple(records), tuple(missing), tuple(unreadable))
+    return Collected(directory, name, tuple(records), tuple(missing), tuple(unreadable.values()))
 
 
 def shuffled(settings: Sequence[Setting], seed: int) -> list[Setting]:
@@ -141,8 +145,18 @@ def logical_batch(config: RunConfig) -> tuple[float, int]:
     return (batch if batch is not None else (rate or 0.0) * len(source)), len(source)
 
 
-def _missing(directory: Path, sweep: Sweep, records: Sequence[Record]) -> list[Missing]:
-    there = {record.file_name for record in records}
+def _gaps(records: Sequence[Record], there: Set[str]) -> list[Missing]:
+    """What records made by hand lack: at each count and batch, every kind and every repeat that any other has."""
+    there_are = {record.variant for record in records}
+    kinds: list[Variant] = [kind for kind in VARIANTS if kind in there_are]
+    repeats = sorted({record.repeat for record in records})
+    settings = dict.fromkeys(replace(record.setting, repeat=repeat) for record in records for repeat in repeats)
+    names = [setting.record_name(kind) for setting in settings for kind in kinds]
+    why = "no record, though other points have one of this kind and repeat"
+    return [Missing(name.removesuffix(".json"), why) for name in dict.fromkeys(names) if name not in there]
+
+
+def _missing(directory: Path, sweep: Sweep, there: Set[str]) -> list[Missing]:
     found = []
     for setting in sweep.settings:
         names = [setting.record_name(variant) for variant in sweep.variants]

@@ -114,7 +114,7 @@ def measured_workloads(records: Sequence[Record]) -> dict[Variant, Workload]:
             host_s=max(0.0, _median(r.parts.host for r in group)),
             measured=True,
             sharded=first.performance.get("update_sharding") == "sharded",
-            source=f"measured: {len(group)} records of {base} x {first.device_kind}",
+            source=f"measured: {len(group)} record{'s' if len(group) > 1 else ''} of {base} x {first.device_kind}",
         )
     found = {variant: found[variant] for variant in VARIANTS if variant in found}
     if not found:

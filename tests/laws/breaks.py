@@ -59,7 +59,7 @@ BREAKS = [
           "        half = self.num_examples // 2\n        one = uniform_subset(stream, half, min(half, size // 2))\n"
           "        return np.r_[one, one + half]\n",
           SAMPLING + "inclusion_is_uncorrelated_within_and_across_shard_boundaries"),
-    Break(7, "replicas.py", "if len(set(mine)) > 1:", "if not mine:",
+    Break(7, "replicas.py", "if len(different):", "if len(different) > len(rows):",
           "test_replicas::test_one_device_that_differs_is_seen"),
     Break(8, "loop.py", "keys.noise(step))", "keys.noise(step - steps.start))",
           "test_resume::test_a_stop_reports_the_steps_that_ran_and_the_run_goes_on_to_the_same_end"),

@@ -76,6 +76,7 @@ TABLE = [
         7, "C", "processes agree on parameters, draws and keys, or the run stops",
         "test_replicas::test_one_device_that_differs_is_seen",
         "test_replicas::test_a_difference_of_any_single_bit_is_seen",
+        "test_replicas::test_a_process_with_another_draw_is_named",
         SAMPLING + "digest_is_keyed_and_names_one_draw",
         "test_distributed::test_processes_of_one_srun_meet_agree_and_fail_together",
     ),
