@@ -72,8 +72,8 @@ def replace_rows(keep: jax.Array, rows: Any) -> Any:
 
 def clip_factors(
     problem: Problem, squares: list[jax.Array], upper: list[jax.Array] | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(total norm f[B], factor of each leaf f[L, B]) from the leaves' squared norms, each f[B].
+) -> tuple[jax.Array, list[jax.Array]]:
+    """(total norm f[B], factors f[B] of each clip group) from the leaves' squared norms, each f[B].
 
     `upper` are upper bounds of the squares, which the factors are taken from; by default the squares themselves.
     A square below the smallest normal float32 may have been flushed to zero; `size * tiny` bounds what that hides,
@@ -92,7 +92,7 @@ def clip_factors(
     ]
     factors = problem.bound.factors(jnp.sqrt(jnp.stack(joint)))
     total = functools.reduce(jnp.add, [x.astype(dtype) for x in squares])
-    return jnp.sqrt(total), factors[jnp.asarray(problem.groups)]
+    return jnp.sqrt(total), list(factors)
 
 
 def check_scalar(loss: jax.Array) -> None:

@@ -5,25 +5,31 @@ multiply-add here, none there). Where an example's cotangents are nothing but ro
 even be near each other, and a factor taken from one does not bound the other: twice the bound was seen.
 """
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
+Tree = TypeVar("Tree")
 
-def held(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """x itself, made before anything that uses it. `mask`: bool[B], any value that the compiler does not know.
+
+def held(tree: Tree, mask: jax.Array) -> Tree:
+    """The pytree itself, made before anything that uses it. `mask`: bool[B], any value that the compiler does not know.
 
     XLA's GPU compiler keeps an optimization barrier until all loops are fused. Its CPU compiler drops barriers before
     that (cpu_compiler.cc, "OptimizationBarrierExpander"), but it makes what a loop carries before the loop begins, and
     in place: a loop that never runs a round, which only the running program knows, costs neither time nor memory.
     """
-    return jax.lax.platform_dependent(x, mask, cpu=_carried, default=lambda x, _: jax.lax.optimization_barrier(x))
+    return jax.lax.platform_dependent(
+        tree, mask, cpu=_carried, default=lambda tree, _: jax.lax.optimization_barrier(tree)
+    )
 
 
-def _carried(x: jax.Array, mask: jax.Array) -> jax.Array:
+def _carried(tree: Tree, mask: jax.Array) -> Tree:
     more = jnp.sum(mask, dtype=jnp.int32) < 0
 
     def other(carry):
-        _, x = carry
-        return jnp.zeros_like(more), -x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x
+        _, tree = carry
+        return jnp.zeros_like(more), jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x, tree)
 
-    return jax.lax.while_loop(lambda carry: carry[0], other, (more, x))[1]
+    return jax.lax.while_loop(lambda carry: carry[0], other, (more, tree))[1]

@@ -34,6 +34,7 @@ from dpscale.clipping.norms import (
     square_sum,
     uses_tf32,
 )
+from dpscale.clipping.row_sum import row_sum
 
 Route = Literal["outer", "ghost", "instantiated", "materialised"]
 Rule = Dense | Convolution | Embedding
@@ -246,12 +247,7 @@ def written_out(layer: Layer, pairs: list[Pair]) -> jax.Array:
 
 def sum_written_out(layer: Layer, each: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
     """The leaf's sum_b factor_b e_b from gradients that were written out."""
-    axis = batch_axis(layer)
-    shape = [-1 if i == axis else 1 for i in range(each.ndim)]
-    wide = each.astype(sum_dtype(each.dtype))
-    kept = jnp.where(good.reshape(shape), wide, 0)
-    factor = jnp.where(good, factor, 0).astype(wide.dtype)
-    total = jnp.tensordot(factor, kept, ((0,), (axis,)), precision="highest")  # no route's norm allows for TF32 here
+    total = row_sum(each, batch_axis(layer), factor, good)
     return layer.rules[0].finish(total) if layer.rules and _is_plain(layer) else total
 
 

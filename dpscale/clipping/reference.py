@@ -46,8 +46,8 @@ def _clip_and_sum(problem: Problem, keep: jax.Array) -> ClippedSum:
     finite = jnp.isfinite(losses) & jnp.isfinite(norms)
     good = keep & finite
     grads = [select_rows(good, grad) for grad in grads]
-    factors = [select_rows(good, factor).astype(grad.dtype) for factor, grad in zip(factors, grads, strict=True)]
-    sums = [jnp.tensordot(factor, grad, 1) for factor, grad in zip(factors, grads, strict=True)]
+    factors = [select_rows(good, factor) for factor in factors]
+    sums = [jnp.tensordot(factors[g].astype(x.dtype), x, 1) for g, x in zip(problem.groups, grads, strict=True)]
     aux = jax.tree.map(lambda x: select_rows(good, x), aux)
     losses, norms = select_rows(good, losses), select_rows(good, norms)
     return ClippedSum(sums, norms, losses.astype(jnp.float32), finite | ~keep, aux)

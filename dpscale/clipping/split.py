@@ -12,14 +12,12 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
@@ -212,7 +210,7 @@ hundreds of tiny kernels, whose starting takes longer than their work."""
 
 
 def bundles(parts: Split, problem: Problem) -> list[list[int]]:
-    """The leaves in parts that are measured and summed as one array: small ones without rules, of one clip group."""
+    """The leaves in parts whose norms are taken together: small ones without rules, of one clip group."""
     found: dict[Any, list[int]] = {}
     for j, (layer, leaf) in enumerate(zip(parts.layers, problem.leaves, strict=True)):
         small = not layer.rules and leaf.size <= BUNDLED_FLOATS
@@ -222,65 +220,63 @@ def bundles(parts: Split, problem: Problem) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Norms, factors and flags of the batch, and the written-out gradients of the bundles that have them."""
+    """Norms f[B], factors f[B] of each clip group, flags bool[B], and of each leaf what was written out, if it was."""
 
     norms: jax.Array
-    factors: jax.Array
+    factors: list[jax.Array]
     finite: jax.Array
     good: jax.Array
-    bundles: list[list[int]]
     each: list[jax.Array | None]
 
 
 def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) -> Measured:
     """Everything that decides the factors. A row's numbers meet no other row's."""
-    squares = {j: Squares(*[jnp.zeros(problem.mask.shape, jnp.float32)] * 2) for j in range(len(parts.layers))}
-    each: list[jax.Array | None] = []
-    together = bundles(parts, problem)
-    for places in together:
-        layer, value = parts.layers[places[0]], rows.values[places[0]]
+    nothing = Squares(*[jnp.zeros(problem.mask.shape, jnp.float32)] * 2)
+    squares, each = [nothing] * len(parts.layers), list[jax.Array | None]([None] * len(parts.layers))
+    for places in bundles(parts, problem):
+        first = places[0]  # gets the bundle's square; only the sum over the leaves of a clip group counts
+        layer, value = parts.layers[first], rows.values[first]
         if isinstance(value, Squares):
-            square, written = value, None
+            squares[first] = value
+        elif layer.rules and refold:
+            squares[first] = measure_in_slices(layer, value)
         elif layer.rules:
-            square, written = (measure_in_slices(layer, value), None) if refold else measure(layer, value, False)
+            squares[first], each[first] = measure(layer, value, False)
         else:
-            written = _side_by_side([rows.values[j] for j in places], problem.mask)
-            square = Squares(*[square_sum(written, written.ndim - 1)] * 2)
-        squares[places[0]] = square  # the bundle's; only the sum over the leaves of a clip group counts
-        each.append(written)
-    leaves = [squares[j] for j in range(len(parts.layers))]
-    norms, factors = clip_factors(problem, [x.estimate for x in leaves], [x.upper for x in leaves])
+            written = _written(parts, places, rows.values, problem.mask)
+            squares[first] = Squares(*[_joint_square(list(written.values()))] * 2)
+            for j, x in written.items():
+                each[j] = x
+    norms, factors = clip_factors(problem, [x.estimate for x in squares], [x.upper for x in squares])
     finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms)
-    good, factors = held(finite & problem.mask, problem.mask), held(factors, problem.mask)  # or each sum makes its own
-    return Measured(norms, factors, finite | ~problem.mask, good, together, each)
+    good, factors = held((finite & problem.mask, factors), problem.mask)  # or each sum makes its own
+    return Measured(norms, factors, finite | ~problem.mask, good, each)
 
 
-def _side_by_side(values: list[jax.Array], mask: jax.Array) -> jax.Array:
-    """f[B, ...] of one leaf as it is, of several as f[B, sum of sizes]; in at least float32."""
-    wide = [x.astype(sum_dtype(x.dtype)) for x in values]
-    return held(wide[0] if len(wide) == 1 else jnp.concatenate([x.reshape(x.shape[0], -1) for x in wide], axis=1), mask)
+def _written(parts: Split, places: Sequence[int], values: list[Any], mask: jax.Array) -> dict[int, jax.Array]:
+    """The gradients that the program itself writes out, of those of `places` that have no rules; at least float32."""
+    chosen = [j for j in places if not parts.layers[j].rules]
+    return dict(zip(chosen, held([values[j].astype(sum_dtype(values[j].dtype)) for j in chosen], mask), strict=True))
 
 
-def _apart(total: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
-    """The leaves of a bundle's sum."""
-    if len(shapes) == 1:
-        return [total]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    return [x.reshape(shape) for x, shape in zip(jnp.split(total, ends), shapes, strict=True)]
+def _joint_square(each: list[jax.Array]) -> jax.Array:
+    """|e|^2 f[B] of leaves f[B, ...] together."""
+    rows = [x.reshape(x.shape[0], -1) for x in each]
+    return square_sum(rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1), 1)
 
 
-def sum_rows(parts: Split, found: Measured, values: list[Any], each: Sequence[jax.Array | None]) -> list[Any]:
-    """Every leaf's clipped sum from its operands, or from the gradients of its bundle where `each` has them."""
-    sums: list[Any] = [None] * len(parts.layers)
-    for places, written in zip(found.bundles, each, strict=True):
-        layer, factor = parts.layers[places[0]], found.factors[places[0]]
-        if written is None and layer.rules:
-            sums[places[0]] = sum_factors(layer, values[places[0]], factor, found.good)
-            continue
-        written = _side_by_side([values[j] for j in places], found.good) if written is None else written
-        total = sum_written_out(layer, written, factor, found.good)
-        for j, x in zip(places, _apart(total, [parts.layers[j].shape for j in places]), strict=True):
-            sums[j] = x
+def sum_rows(parts: Split, problem: Problem, found: Measured, values: list[Any]) -> list[Any]:
+    """Every leaf's clipped sum: from its gradients where they were written out, else from its operands."""
+    missing = [j for j, x in enumerate(found.each) if x is None]
+    each = {j: x for j, x in enumerate(found.each) if x is not None}
+    each |= _written(parts, missing, values, found.good)
+    sums: list[Any] = []
+    for j, layer in enumerate(parts.layers):
+        factor = found.factors[problem.groups[j]]
+        if j in each:
+            sums.append(sum_written_out(layer, each[j], factor, found.good))
+        else:
+            sums.append(sum_factors(layer, values[j], factor, found.good))
     return sums
 
 
@@ -294,7 +290,7 @@ def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
     """One backward pass; the operands of every layer are kept until the factors are known."""
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=False)
-    return _result(problem, rows, found, sum_rows(parts, found, rows.values, found.each))
+    return _result(problem, rows, found, sum_rows(parts, problem, found, rows.values))
 
 
 def ghost(problem: Problem, parts: Split) -> ClippedSum:
@@ -307,7 +303,7 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=True)
     again = replace(problem, rows=replace_rows(found.good, problem.rows))
-    factors = jnp.where(found.good, found.factors, 0)
+    factors = [jnp.where(found.good, factor, 0) for factor in found.factors]
     if second_pass_is_a_gradient(parts, problem):
         sums = _sum_by_gradient(again, parts, found, factors)
     else:
@@ -330,32 +326,33 @@ def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax
     return jax.lax.cond(jnp.any(good), sums, nothing)
 
 
-def _sum_again(again: Problem, parts: Split, found: Measured, factors: jax.Array) -> list[jax.Array]:
+def _sum_again(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> list[jax.Array]:
     """The clipped sums from operands made again. No row is bad any more, so nothing is selected away.
 
     The barrier keeps the compiler from holding the first pass's operands instead of making them again.
     """
     rows, factors = jax.lax.optimization_barrier((again.rows, factors))
-    finite = replace(found, factors=factors, good=jnp.ones(factors.shape[1:], bool))
+    everything = replace(found, factors=factors, good=jnp.ones_like(found.good), each=[None] * len(found.each))
     values = evaluate_rows(replace(parts, inside={}), replace(again, rows=rows)).values
-    sums = sum_rows(parts, finite, values, [None] * len(found.bundles))
+    sums = sum_rows(parts, again, everything, values)
     return [jnp.where(jnp.any(found.good), x, 0) for x in sums]  # without a good row nothing replaced the bad ones
 
 
-def _sum_by_gradient(again: Problem, parts: Split, found: Measured, factors: jax.Array) -> list[Any]:
+def _sum_by_gradient(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> list[Any]:
     """The clipped sums by a second, ordinary backward pass for each clip group.
 
     What was written out is summed as it is: nothing bounds how much another pass would round where such a gradient
     cancels.
     """
-    written = [j for places, each in zip(found.bundles, found.each, strict=True) if each is not None for j in places]
-    bundled = [(places, x) for places, x in zip(found.bundles, found.each, strict=True) if x is not None]
-    chosen = replace(found, bundles=[places for places, _ in bundled])
-    sums = sum_rows(parts, chosen, [], [x for _, x in bundled])
-    for group in sorted({again.groups[j] for j in range(len(sums)) if j not in written}):
-        places = [j for j in range(len(sums)) if j not in written and again.groups[j] == group]
-        take = functools.partial(_weighted_gradient, again, factors[places[0]], places)
-        for j, grad in zip(places, _where_any(found.good, take), strict=True):
+    sums: list[Any] = [None] * len(parts.layers)
+    for group, factor in enumerate(factors):
+        places = [j for j, own in enumerate(again.groups) if own == group]
+        for j in places:
+            if (each := found.each[j]) is not None:
+                sums[j] = sum_written_out(parts.layers[j], each, found.factors[group], found.good)
+        rest = [j for j in places if found.each[j] is None]
+        take = functools.partial(_weighted_gradient, again, factor, rest)
+        for j, grad in zip(rest, _where_any(found.good, take) if rest else [], strict=True):
             sums[j] = grad
     return sums
 
