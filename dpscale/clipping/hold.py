@@ -13,6 +13,7 @@ import jax.numpy as jnp
 Tree = TypeVar("Tree")
 
 
+@jax.jit  # traced once for values of one shape
 def held(tree: Tree, mask: jax.Array) -> Tree:
     """The pytree itself, made before anything that uses it. `mask`: bool[B], any value that the compiler does not know.
 
