@@ -73,7 +73,7 @@ class Case:
         self.layout = BatchLayout(config.performance.physical_batch_size, self.mesh.size)
         self.sampler = PoissonSampler(self.plan.num_examples, self.plan.sampling_rate, SECRET.derive("sampling"))
         self.task = build_task(config, source.metadata)
-        self.placement = make_placement(config, self.plan, self.mesh)
+        self.placement = make_placement(config, self.plan, self.mesh, self.task.params)
         self.functions: StepFunctions | None = None
 
     def window(self, steps: int) -> dict[str, float]:

@@ -337,7 +337,21 @@ class MetricsSection(Section):
     sensitive: bool = Field(
         False, description="also write training loss, gradient norms, realised batch sizes (mode 0600)"
     )
+    group_norms: bool = Field(
+        False,
+        description="with sensitive: also the mean gradient norm of each of privacy.clip_groups, or without them of "
+        "each module",
+    )
     tensorboard: bool = Field(False, description="also write the public stream for TensorBoard")
+
+    @model_validator(mode="after")
+    def _norms_are_sensitive(self):
+        if self.group_norms and not self.sensitive:
+            raise ValueError(
+                "metrics.group_norms is true but metrics.sensitive is not: norms of single examples' gradients are not "
+                "protected by noise and go to the sensitive stream alone; set both or neither"
+            )
+        return self
 
 
 class RunConfig(Section):

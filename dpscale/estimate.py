@@ -54,7 +54,7 @@ def estimate(config: RunConfig, plan: PrivacyPlan, source: ExampleSource) -> Est
     task = build_task(config, source.metadata)
     physical = physical_batch_size(config, plan, task, source, mesh.size)
     layout = run_layout(config, plan, physical, mesh.size)
-    placement = make_placement(config, plan, mesh)
+    placement = make_placement(config, plan, mesh, task.params)
     state = placement.create(task.params)
     rows = blank_rows(mesh, source, layout, config.data)
     table, data_bytes = _stand_in(config, source)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from dpscale.baseline import summed_grad
-from dpscale.clipping import Bound, ClippedSum, Flat, Normalized, PerPattern, clipped_grad
+from dpscale.clipping import Bound, ClippedSum, Flat, Normalized, NormGroups, PerPattern, by_module, clipped_grad
 from dpscale.config import RunConfig
 from dpscale.mesh import place_replicated, replicated
 from dpscale.optimizer import make_optimizer
@@ -30,8 +30,10 @@ def gradient_sum(config: RunConfig, plan: PrivacyPlan, task: Task) -> Callable[.
     def of(loss: Callable[..., Any]) -> Callable[..., ClippedSum]:
         if not plan.enabled:
             return summed_grad(loss)
-        return clipped_grad(loss, bound=clipping_bound(plan), method=config.performance.clipping_method)
+        method = config.performance.clipping_method
+        return clipped_grad(loss, bound=clipping_bound(plan), method=method, norm_groups=groups)
 
+    groups = norm_groups(config, plan, task.params)
     if task.frozen is None:
         return of(task.loss)
     return lambda params, batch, mask, keys, frozen: of(task.bind(frozen).loss)(params, batch, mask, keys)
@@ -48,6 +50,19 @@ def clipping_bound(plan: PrivacyPlan) -> Bound:
     return Normalized(plan.clip_norm) if plan.bound == "normalized" else Flat(plan.clip_norm)
 
 
+def norm_groups(config: RunConfig, plan: PrivacyPlan, params: Any) -> NormGroups | None:
+    """The groups whose mean norms the sensitive stream gets: those of the clipping, otherwise the modules; or None.
+
+    Without privacy no norm is taken at all.
+    """
+    if not (config.metrics.group_norms and plan.enabled):
+        return None
+    if plan.clip_groups is None:
+        return by_module(params)
+    names, limits = zip(*plan.clip_groups, strict=True)
+    return NormGroups(names, tuple(clipping_bound(plan).groups(params)), limits)
+
+
 def check_groups(config: RunConfig, params: Any) -> None:
     """Raise InputError where privacy.clip_groups do not fit the parameters, before a run directory is made."""
     privacy = config.privacy
@@ -55,11 +70,13 @@ def check_groups(config: RunConfig, params: Any) -> None:
         PerPattern(tuple(privacy.clip_groups.items())).groups(params)
 
 
-def make_placement(config: RunConfig, plan: PrivacyPlan, mesh: Mesh) -> Placement:
-    """The config's optimizer, and how its state lies on the mesh."""
+def make_placement(config: RunConfig, plan: PrivacyPlan, mesh: Mesh, params: Any) -> Placement:
+    """The config's optimizer, and how its state lies on the mesh. `params`: of the task; only the structure counts."""
     optimizer = make_optimizer(config.optimizer, plan.steps)
     sharded, average = config.performance.update_sharding == "sharded", config.training.ema_decay is not None
-    return Placement(mesh, optimizer, sharded=sharded, average=average)
+    groups = norm_groups(config, plan, params)
+    group_sums = 0 if groups is None else groups.num_sums
+    return Placement(mesh, optimizer, sharded=sharded, average=average, group_sums=group_sums)
 
 
 def build_finalize_for(config: RunConfig, plan: PrivacyPlan, placement: Placement):
@@ -86,14 +103,20 @@ def compiled_steps(
     """Both step functions of a task, compiled for `state`, `table` and `rows`, whose shapes are enough."""
     clip_norm = math.inf if plan.clip_norm is None else plan.clip_norm
     every, mesh = config.performance.reduce_every_accumulation, placement.mesh
+    groups = norm_groups(config, plan, task.params)
     accumulate = build_accumulate(
-        mesh, gradient_sum(config, plan, task), clip_norm, task.uses_key, reduce_every_accumulation=every
+        mesh,
+        gradient_sum(config, plan, task),
+        clip_norm,
+        task.uses_key,
+        reduce_every_accumulation=every,
+        norm_groups=groups,
     )
     finalize = build_finalize_for(config, plan, placement)
     frozen = task.frozen
     if frozen is not None and not _is_placed(frozen, mesh):
         frozen = place_replicated(mesh, frozen)
-    return compile_steps(accumulate, finalize, mesh, state, table, rows, frozen)
+    return compile_steps(accumulate, finalize, mesh, state, table, rows, frozen, groups)
 
 
 def _is_placed(tree: Any, mesh: Mesh) -> bool:

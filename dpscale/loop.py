@@ -12,8 +12,8 @@ import numpy as np
 
 from dpscale.chacha import key_words
 from dpscale.privacy.secret import RootSecret
-from dpscale.state import TrainState
-from dpscale.step import Rows, Statistics, StepFunctions
+from dpscale.state import Statistics, TrainState
+from dpscale.step import Rows, StepFunctions
 
 # A step's requests are read before the second next step is dispatched: the device always has work queued.
 STEPS_IN_FLIGHT = 2
@@ -91,6 +91,6 @@ def training_steps(
 
 def _deliver(sent: tuple[int, jax.Array], arrived: Callable[[int, Statistics], None]) -> Statistics:
     step, reduced = sent
-    statistics = Statistics(*(float(value) for value in np.asarray(reduced)))
+    statistics = Statistics.of(np.asarray(reduced))
     arrived(step, statistics)
     return statistics

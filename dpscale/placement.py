@@ -18,9 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpscale.mesh import DATA_AXIS, place_replicated, replicated
 from dpscale.optimizer import Optimizer
-from dpscale.state import OptimizerShards, Statistics, TrainState, check_trainable
-
-TAIL = len(Statistics._fields)
+from dpscale.state import RIDERS, OptimizerShards, TrainState, check_trainable
 
 
 def count_elements(tree: Any) -> int:
@@ -28,9 +26,9 @@ def count_elements(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def vector_size(params: Any, devices: int) -> int:
+def vector_size(params: Any, devices: int, group_sums: int = 0) -> int:
     """Length of the vector that is cut into one equal shard for each device."""
-    shard = -(-(count_elements(params) + TAIL) // devices)
+    shard = -(-(count_elements(params) + RIDERS + group_sums) // devices)
     return shard * devices
 
 
@@ -61,6 +59,7 @@ class Placement:
     `sharded`: each device keeps only its shard of the optimizer's arrays (`performance.update_sharding`).
     `average`: the state has a moving average of the parameters (`training.ema_decay`).
     `size`: length of the cut vector; None: `vector_size`. Another one is what a checkpoint of other devices holds.
+    `group_sums`: how many sums of groups of leaves ride along (`NormGroups.sums`).
     """
 
     mesh: Mesh
@@ -68,6 +67,7 @@ class Placement:
     sharded: bool = False
     average: bool = False
     size: int | None = None
+    group_sums: int = 0
 
     def create(self, params: Any) -> TrainState:
         """The state before step 0, on its devices, where none ever holds more of the optimizer's than it keeps.
@@ -134,7 +134,7 @@ class Placement:
         return jax.jit(copy, out_shardings=replicated(self.mesh))(params)
 
     def _size(self, params: Any) -> int:
-        return self.size or vector_size(params, self.mesh.size)
+        return self.size or vector_size(params, self.mesh.size, self.group_sums)
 
     def _laid(self, leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         # A vector of another mesh's length need not fall into equal parts here: read whole, it is cut again.

@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 from dpscale.mesh import DATA_AXIS
 from dpscale.noise import add_gaussian_noise, shard_start
 from dpscale.optimizer import Optimizer
-from dpscale.placement import TAIL, count_elements, cut, join, shard_specs, vector_size
+from dpscale.placement import count_elements, cut, join, shard_specs, vector_size
 from dpscale.privacy.plan import PrivacyPlan
-from dpscale.state import OptimizerShards, TrainState
+from dpscale.state import RIDERS, OptimizerShards, TrainState
 
 
 def shard_update(
@@ -32,21 +32,21 @@ def shard_update(
 
     Args:
         state: made by a sharded `Placement` on this mesh.
-        sums: a pytree whose leaves hold one entry per device: the gradients in the order of the parameters, then five
-            statistics. requests: f32[devices, 2].
+        sums: `step.Sums`, each leaf with one entry per device. requests: f32[devices, 2].
         noise_key: uint32[8].
 
-    Returns: (params, opt_state, statistics), params and f32[7] statistics whole on every device.
+    Returns: (params, opt_state, statistics), params and f32[7 or more] statistics whole on every device.
 
     Guarantees: element i gets the noise of global index i, as in the whole update. Statistics and padding ride in the
     vector, but get no noise and reach no optimizer state. The only collectives are one reduce-scatter and one
     all-gather, each of `vector_size` float32.
     """
-    elements, size = count_elements(state.params), vector_size(state.params, mesh.size)
-    shard = size // mesh.size
+    group_sums = 0 if sums.groups is None else sums.groups.shape[1]
+    elements, size = count_elements(state.params), vector_size(state.params, mesh.size, group_sums)
+    shard, end = size // mesh.size, elements + RIDERS + group_sums
 
     def on_one_device(params, opt_state, sums, requests, noise_key):
-        mine = join((sums, requests), size)
+        mine = join((sums.gradient, sums.statistics, requests, sums.groups), size)
         reduced = jax.lax.psum_scatter(mine, DATA_AXIS, scatter_dimension=0, tiled=True)
         start = shard_start(DATA_AXIS, shard)
         noisy = reduced
@@ -62,7 +62,7 @@ def shard_update(
         vector = jax.lax.all_gather(sent, DATA_AXIS, tiled=True)
         updates, scaling = optimizer.scaling.update(cut(vector, params), opt_state.scaling, params)
         params = optax.apply_updates(params, updates)
-        return params, OptimizerShards(moments, scaling), vector[elements : elements + TAIL]
+        return params, OptimizerShards(moments, scaling), vector[elements:end]
 
     specs = shard_specs(state.opt_state)
     mapped = jax.shard_map(

@@ -24,6 +24,17 @@ class Statistics(NamedTuple):
     norm: Any  # sum of gradient norms over the finite rows
     stop: Any  # devices whose process asks for a stop
     save: Any  # devices whose process asks for a checkpoint
+    groups: Any = ()  # with metrics.group_norms: see `clipping.groups.NormGroups.sums`
+
+    @classmethod
+    def of(cls, riders: Any) -> Statistics:
+        """From the end of the reduced vector, f32[RIDERS + those of groups], on the host."""
+        values = [float(value) for value in riders]
+        return cls(*values[:RIDERS], groups=tuple(values[RIDERS:]))
+
+
+RIDERS = 7
+"""How many numbers ride in every step's reduction; those of groups come after them."""
 
 
 class OptimizerShards(NamedTuple):

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dpscale.chacha import key_words
-from dpscale.clipping import ClippedSum
+from dpscale.clipping import ClippedSum, NormGroups
 from dpscale.data.resident import gather
 from dpscale.data.transforms import example_keys
 from dpscale.errors import InputError
@@ -29,7 +29,7 @@ from dpscale.noise import add_gaussian_noise
 from dpscale.placement import cut, join
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.shard_update import shard_update
-from dpscale.state import Statistics, TrainState, moved_average
+from dpscale.state import RIDERS, TrainState, moved_average
 
 
 @jax.tree_util.register_dataclass
@@ -39,11 +39,12 @@ class Sums:
 
     `gradient`: pytree like the parameters, float32, with a leading axis of one entry per device; `statistics`:
     float32[devices, 5], the first five of `Statistics`. With `reduce_every_accumulation` each device's `gradient` is
-    already the sum over all of them.
+    already the sum over all of them. `groups`: float32[devices, num_sums] of `NormGroups.sums`, or None.
     """
 
     gradient: Any
     statistics: jax.Array
+    groups: jax.Array | None = None
 
 
 class Rows(NamedTuple):
@@ -92,6 +93,7 @@ def build_accumulate(
     uses_key: bool,
     *,
     reduce_every_accumulation: bool = False,
+    norm_groups: NormGroups | None = None,
 ):
     """The jitted `accumulate`: adds each device's clipped sum of its own rows to its own partial sum.
 
@@ -102,6 +104,7 @@ def build_accumulate(
             in, so it does not change with the row's place in the batch.
         reduce_every_accumulation: reduce each physical batch's sum at once, as ordinary data-parallel SGD does: for
             comparison only; `finalize` must know.
+        norm_groups: those that `summed` reports norms of, to be added up in `Sums.groups`.
     """
 
     def on_one_device(params, sums: Sums, table, rows: Rows, key: jax.Array, frozen) -> Sums:
@@ -124,7 +127,10 @@ def build_accumulate(
         if reduce_every_accumulation:
             grad_sum = cut(jax.lax.psum(join(grad_sum), DATA_AXIS), grad_sum)
         gradient = jax.tree.map(lambda total, part: total + part[None], sums.gradient, grad_sum)
-        return Sums(gradient, sums.statistics + statistics[None])
+        groups = sums.groups
+        if norm_groups is not None and out.group_norms is not None:
+            groups = sums.groups + norm_groups.sums(out.group_norms, counted)[None]
+        return Sums(gradient, sums.statistics + statistics[None], groups)
 
     mine, everywhere = P(DATA_AXIS), P()
     mapped = jax.shard_map(
@@ -179,14 +185,15 @@ def _whole_update(mesh: Mesh, plan: PrivacyPlan, optimizer: Any, state, sums: Su
 
     def reduce_once(sums: Sums, requests: jax.Array) -> jax.Array:
         if reduced:
-            riders = jax.lax.psum(join((sums.statistics, requests)), DATA_AXIS)
+            riders = jax.lax.psum(join((sums.statistics, requests, sums.groups)), DATA_AXIS)
             return jnp.concatenate([join(sums.gradient), riders])
-        return jax.lax.psum(join((sums.gradient, sums.statistics, requests)), DATA_AXIS)
+        return jax.lax.psum(join((sums.gradient, sums.statistics, requests, sums.groups)), DATA_AXIS)
 
     vector = jax.shard_map(
         reduce_once, mesh=mesh, in_specs=(P(DATA_AXIS), P(DATA_AXIS)), out_specs=P(), check_vma=False
     )(sums, requests)
-    total, statistics = jnp.split(vector, [vector.size - len(Statistics._fields)])
+    riders = RIDERS + (0 if sums.groups is None else sums.groups.shape[1])
+    total, statistics = jnp.split(vector, [vector.size - riders])
     if plan.enabled:
         total = add_gaussian_noise(total, noise_key, jnp.float32(plan.noise_stddev))
     gradient = cut(total / jnp.float32(plan.expected_batch_size), state.params)
@@ -195,14 +202,23 @@ def _whole_update(mesh: Mesh, plan: PrivacyPlan, optimizer: Any, state, sums: Su
 
 
 def compile_steps(
-    accumulate, finalize, mesh: Mesh, state: TrainState, table: Any, rows: Rows, frozen: Any = None
+    accumulate,
+    finalize,
+    mesh: Mesh,
+    state: TrainState,
+    table: Any,
+    rows: Rows,
+    frozen: Any = None,
+    norm_groups: NormGroups | None = None,
 ) -> StepFunctions:
     """Compile both functions for these shapes before step 0; `rows` gives shapes only.
 
     A call with other shapes raises instead of compiling again. `frozen`: weights that are not trained, placed on every
-    device; an argument of the compiled program, not constants in it, that every call is given.
+    device; an argument of the compiled program, not constants in it, that every call is given. `norm_groups`: those
+    of `accumulate`.
     """
-    zero_sums = jax.jit(partial(_zeros, state.params, mesh.size), out_shardings=split(mesh))
+    group_sums = None if norm_groups is None else norm_groups.num_sums
+    zero_sums = jax.jit(partial(_zeros, state.params, mesh.size, group_sums), out_shardings=split(mesh))
     sums = zero_sums()
     key = np.zeros(2, np.uint32)
     constants = () if frozen is None else (frozen,)
@@ -219,6 +235,7 @@ def requests_array(mesh: Mesh, *, stop: bool, save: bool) -> jax.Array:
     return place_rows(mesh, np.tile(np.array([[stop, save]], np.float32), (mine, 1)))
 
 
-def _zeros(params: Any, devices: int) -> Sums:
+def _zeros(params: Any, devices: int, group_sums: int | None) -> Sums:
     gradient = jax.tree.map(lambda leaf: jnp.zeros((devices, *leaf.shape), jnp.float32), params)
-    return Sums(gradient, jnp.zeros((devices, 5), jnp.float32))
+    groups = None if group_sums is None else jnp.zeros((devices, group_sums), jnp.float32)
+    return Sums(gradient, jnp.zeros((devices, 5), jnp.float32), groups)

@@ -27,7 +27,7 @@ from dpscale.distributed import Membership, check_agreement, decided_by_process_
 from dpscale.errors import InputError, VerificationError
 from dpscale.evaluate import Evaluator
 from dpscale.feed import Feed, blank_rows
-from dpscale.gradients import check_groups, compiled_steps, make_placement
+from dpscale.gradients import check_groups, compiled_steps, make_placement, norm_groups
 from dpscale.lease import Lease
 from dpscale.loop import StepKeys, training_steps
 from dpscale.mesh import data_mesh, place_replicated, replicated
@@ -225,7 +225,8 @@ class _Run:
             self.report(line)
         for warning in self.plan.warnings:
             self.report(f"warning: {warning}")
-        self.metrics = Recorder(self.directory.root, self.config, self.plan, enabled=is_main())
+        groups = norm_groups(self.config, self.plan, self.task.params)
+        self.metrics = Recorder(self.directory.root, self.config, self.plan, enabled=is_main(), norm_groups=groups)
         self.stack.callback(self.metrics.close)
 
     def _keep_frozen(self) -> None:
@@ -257,7 +258,7 @@ class _Run:
         )
         rows_per_device = self._physical_batch_size()
         layout = run_layout(self.config, self.plan, rows_per_device, self.mesh.size)
-        placement = make_placement(self.config, self.plan, self.mesh)
+        placement = make_placement(self.config, self.plan, self.mesh, self.task.params)
         if self.task.frozen is not None:
             self.task = self.task.bind(place_replicated(self.mesh, self.task.frozen))
         self.schedule = learning_rate_schedule(self.config.optimizer, self.plan.steps)

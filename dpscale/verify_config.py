@@ -52,7 +52,8 @@ def verify(
             plan = PrivacyPlan.from_json(made["plan"])
             mesh = data_mesh()
             size = agreed_physical_batch_size(config, plan, task, source, mesh.size)
-            layout, placement = run_layout(config, plan, size, mesh.size), make_placement(config, plan, mesh)
+            layout = run_layout(config, plan, size, mesh.size)
+            placement = make_placement(config, plan, mesh, task.params)
             resident = config.data.residence == "device"
             table = resident_shapes(source, replicated(mesh)) if resident else {}
             rows = blank_rows(mesh, source, layout, config.data)

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from dpscale.baseline import summed_grad
 from dpscale.chacha import key_words
-from dpscale.clipping import clipped_grad
+from dpscale.clipping import NormGroups, clipped_grad
 from dpscale.data.transforms import id_words
 from dpscale.mesh import data_mesh, place_rows
 from dpscale.optimizer import Optimizer
 from dpscale.placement import Placement
 from dpscale.privacy.plan import PrivacyPlan
-from dpscale.state import TrainState
-from dpscale.step import Rows, Statistics, Sums, build_accumulate, build_finalize, compile_steps, requests_array
+from dpscale.state import Statistics, TrainState
+from dpscale.step import Rows, Sums, build_accumulate, build_finalize, compile_steps, requests_array
 
 KEY = bytes(range(60, 92))
 OTHER_KEY = bytes(range(61, 93))
@@ -106,18 +106,27 @@ class Step:
         sharded: bool = False,
         reduce_every_accumulation: bool = False,
         ema_decay: float | None = None,
+        norm_groups: NormGroups | None = None,
     ) -> None:
         self.mesh, self.plan, self.params = mesh_of(devices), plan or make_plan(), params
         optimizer = optimizer or capture()
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else Optimizer(optimizer, optax.identity())
-        self.placement = Placement(self.mesh, self.optimizer, sharded=sharded, average=ema_decay is not None)
+        self.norm_groups, group_sums = norm_groups, 0 if norm_groups is None else norm_groups.num_sums
+        self.placement = Placement(
+            self.mesh, self.optimizer, sharded=sharded, average=ema_decay is not None, group_sums=group_sums
+        )
         self.physical_batch_size, self.feature_shape, self.table = physical_batch_size, feature_shape, table or {}
         clip_norm = self.plan.clip_norm or 1.0
         if summed is None and self.plan.enabled:
-            summed = clipped_grad(loss, clip_norm=clip_norm, method=method)
+            summed = clipped_grad(loss, clip_norm=clip_norm, method=method, norm_groups=norm_groups)
         every = reduce_every_accumulation
         self.jitted_accumulate = build_accumulate(
-            self.mesh, summed or summed_grad(loss), clip_norm, uses_key, reduce_every_accumulation=every
+            self.mesh,
+            summed or summed_grad(loss),
+            clip_norm,
+            uses_key,
+            reduce_every_accumulation=every,
+            norm_groups=norm_groups,
         )
         self.jitted_finalize = build_finalize(
             self.mesh,
@@ -134,9 +143,9 @@ class Step:
 
     @cached_property
     def functions(self):
-        return compile_steps(
-            self.jitted_accumulate, self.jitted_finalize, self.mesh, self.new_state(), self.table, self.rows([])[0]
-        )
+        functions = self.jitted_accumulate, self.jitted_finalize
+        rows = self.rows([])[0]
+        return compile_steps(*functions, self.mesh, self.new_state(), self.table, rows, norm_groups=self.norm_groups)
 
     def new_state(self) -> TrainState:
         return self.placement.create(self.params)
@@ -178,7 +187,7 @@ class Step:
             sums = self.functions.accumulate(state.params, sums, self.table, rows, example_key)
         requests = requests_array(self.mesh, stop=stop, save=save)
         state, _, statistics = self.functions.finalize(state, sums, requests, key_words(key))
-        return state, Statistics(*np.asarray(statistics).tolist())
+        return state, Statistics.of(np.asarray(statistics))
 
     def sums(self, batches: Sequence[Rows]) -> np.ndarray:
         """The clipped sum of these batches over all devices, before noise, as one float64 vector."""

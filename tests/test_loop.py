@@ -24,8 +24,8 @@ from dpscale.loop import STEPS_IN_FLIGHT, StepKeys, training_steps
 from dpscale.mesh import place_replicated
 from dpscale.privacy.secret import RootSecret
 from dpscale.sampling import PoissonSampler
-from dpscale.state import TrainState
-from dpscale.step import Statistics, StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
+from dpscale.state import Statistics, TrainState
+from dpscale.step import StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
 
 KEYS = StepKeys(RootSecret.from_insecure_seed(11), attempt=0)
 NOTHING = Statistics(0, 0, 0, 0, 0, 0, 0)

@@ -104,6 +104,24 @@ def test_a_file_of_the_true_format_gives_the_references_logits(name, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
+@pytest.mark.parametrize(
+    ("name", "prefix", "unused"),
+    [("hf_vit", "vit.", {"pooler.dense.weight"}), ("hf_bert", "bert.", set()), ("hf_gpt2", "transformer.", set())],
+)
+def test_a_hugging_face_file_of_the_bare_model_is_known_too(name, prefix, unused, tmp_path):
+    """Saved without a task's head, as google/vit-base-patch16-224-in21k is: no prefix, and a pooler."""
+    tensors = {tensor.removeprefix(prefix): x for tensor, x in tensors_of(name).items() if tensor[:4] != "clas"}
+    tensors |= dict.fromkeys(unused, np.ones((32, 32), np.float32))
+    _, model, options, side = MODELS[name]
+    params, origin = load_pretrained(empty(model, side, **options)[1], write(tmp_path, name, tensors))
+    assert origin.format == "hugging_face"
+    assert set(origin.initial) == ({"head/kernel", "head/bias"} if model != "gpt" else set())
+    assert unused <= set(origin.unused)
+    whole, _ = load_pretrained(params, write(tmp_path, name))
+    for leaf in origin.loaded:
+        np.testing.assert_array_equal(named(params)[leaf], named(whole)[leaf])
+
+
 def test_a_wide_resnet_gives_the_logits_of_de_et_als_model():
     module, params = empty("wrn", 32, depth=16, width=1)
     leaves = tensors_of("wrn")

@@ -15,6 +15,7 @@ import optax
 import pytest
 from step_fixtures import (
     KEY,
+    LINEAR,
     OTHER_KEY,
     WIDTH,
     Step,
@@ -27,12 +28,12 @@ from step_fixtures import (
 )
 
 from dpscale.chacha import key_words
-from dpscale.clipping import ROUNDING_SLACK
+from dpscale.clipping import ROUNDING_SLACK, NormGroups
 from dpscale.errors import InputError
 from dpscale.noise import standard_normal
 from dpscale.optimizer import Optimizer
-from dpscale.state import TrainState
-from dpscale.step import Statistics, Sums, requests_array
+from dpscale.state import RIDERS, Statistics, TrainState
+from dpscale.step import Sums, requests_array
 
 DEVICES = [1, 2, 8]
 EPS = 2.0**-24
@@ -63,23 +64,31 @@ def collectives(compiled_text: str) -> list[tuple[str, str]]:
     return [(name, kind) for kind, name in COLLECTIVES.findall(compiled_text)]
 
 
+# `linear_loss`'s leaves, v before w; 0.6 and 0.8 are the norms that a bound of 1 in all could be made of.
+GROUPS = NormGroups(("v", "w"), (0, 1), (0.6, 0.8))
+
+
 # The reduction
 
 
 def check_reductions(step: Step) -> None:
-    """float32, so four bytes each: the parameters and seven statistics (and padding to equal shards), nothing else."""
+    """float32, so four bytes each: the parameters and seven statistics (and padding to equal shards), nothing else.
+
+    Sums of groups ride along where they are asked for.
+    """
     parameters = sum(leaf.size for leaf in jax.tree.leaves(step.params))
+    riders = 7 + (0 if step.norm_groups is None else step.norm_groups.num_sums)
     assert collectives(step.functions.accumulate.as_text()) == []
     found = [(name, re.sub(r"\{.*\}", "", kind)) for name, kind in collectives(step.functions.finalize.as_text())]
     if not step.placement.sharded:
-        assert found == [("all-reduce", f"f32[{parameters + 7}]")]
+        assert found == [("all-reduce", f"f32[{parameters + riders}]")]
         return
-    shard = -(-(parameters + 7) // step.mesh.size)
+    shard = -(-(parameters + riders) // step.mesh.size)
     assert found == [("reduce-scatter", f"f32[{shard}]"), ("all-gather", f"f32[{shard * step.mesh.size}]")]
 
 
 def test_finalize_has_exactly_one_reduction_of_parameters_and_statistics_and_accumulate_has_none():
-    assert len(Statistics._fields) == 7
+    assert RIDERS == 7
     check_reductions(step_on(8))
 
 
@@ -89,6 +98,11 @@ def test_an_optimizer_with_state_and_the_engine_of_choice_add_no_collective():
 
 def test_on_shards_there_is_one_reduce_scatter_and_one_all_gather():
     check_reductions(nonlinear(8, "auto", sharded=True))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_norms_of_groups_ride_in_the_same_collectives(sharded):
+    check_reductions(Step(devices=8, sharded=sharded, norm_groups=GROUPS))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -125,7 +139,7 @@ def test_reducing_every_accumulation_gives_the_same_step(devices):
     got, found = often(often.rows(examples), stop=True)
     # 37 terms of at most 1 in another order, and the noise's rounding.
     np.testing.assert_allclose(flat(got.opt_state), flat(expected.opt_state), rtol=NOISE_RTOL, atol=37 * EPS)
-    np.testing.assert_allclose(found, statistics, rtol=1e-6)
+    np.testing.assert_allclose(found[:RIDERS], statistics[:RIDERS], rtol=1e-6)
     empty, _ = often()
     np.testing.assert_allclose(flat(empty.opt_state), flat(once()[0].opt_state), rtol=NOISE_RTOL)
 
@@ -374,6 +388,24 @@ def test_statistics_are_sums_over_all_devices_and_accumulations():
     assert statistics == Statistics(examples=24, clipped=3, nonfinite=1, loss=0, norm=16.0, stop=8, save=0)
     _, statistics = step(save=True)
     assert (statistics.stop, statistics.save) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("devices", "how"), [(1, {}), (8, {}), (8, {"sharded": True}), (8, {"reduce_every_accumulation": True})]
+)
+def test_norms_of_groups_are_sums_over_all_devices_and_accumulations_and_change_no_bit_of_the_step(devices, how):
+    v = jax.tree.leaves(LINEAR)[0]
+    examples = [unit(0, 0.5), unit(0, 0.7), 2.0 * unit(v.size) + 0.5 * unit(1), np.full(WIDTH, np.nan)]
+    step = Step(devices=devices, norm_groups=GROUPS, **how)
+    state, statistics = step(step.rows(examples, filler=np.inf), stop=True)
+    np.testing.assert_allclose(statistics.groups, [1.7, 2.0, 1, 1], rtol=1e-6)  # norms of v and w; above 0.6 and 0.8
+    plain = Step(devices=devices, **how)
+    expected, without = plain(plain.rows(examples, filler=np.inf), stop=True)
+    assert without.groups == ()
+    assert statistics._replace(groups=()) == without
+    np.testing.assert_array_equal(flat(state.opt_state)[:WIDTH], flat(expected.opt_state)[:WIDTH])
+    _, statistics = step()
+    assert statistics.groups == (0, 0, 0, 0)
 
 
 def test_the_callers_parameters_are_left_alone():

@@ -227,6 +227,28 @@ def test_an_example_with_nan_contributes_nothing_and_is_counted_in_the_sensitive
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_norms_of_modules_go_to_the_sensitive_stream_alone(plain, tmp_path):
+    result = run(tmp_path / "run", metrics={"sensitive": True, "group_norms": True})
+    for record in sensitive(tmp_path / "run"):
+        names = [key for key in record if "/" in key]
+        assert names == ["mean_norm/Dense_0", "mean_norm/Dense_1"]
+        # A mean of norms is at most the norm of the parts' means, and at least each of them.
+        parts = [record[name] for name in names]
+        assert 0 < max(parts) <= record["mean_norm"] <= np.sum(parts)
+    assert [set(record) for record in public(tmp_path / "run")] == [set(record) for record in public(plain.run_dir)]
+    for mine, theirs in zip(jax.tree.leaves(result.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_norms_of_clip_groups_come_with_the_share_that_each_of_them_cut(tmp_path):
+    groups = {"bound": "per_group", "clip_groups": {"*/bias": 1e-6, "*": 1e6}}
+    run(tmp_path / "run", privacy=groups, metrics={"sensitive": True, "group_norms": True}, training={"steps": 1})
+    (record,) = sensitive(tmp_path / "run")
+    assert record["clip_fraction/*/bias"] == 1
+    assert record["clip_fraction/*"] == 0
+    assert record["mean_norm/*/bias"] > 0
+
+
 @pytest.mark.slow
 def test_private_held_out_metrics_stay_sensitive(tmp_path):
     run(tmp_path / "run", data={"validation_is": "private"}, metrics={"sensitive": True})

@@ -108,7 +108,7 @@ def parts(devices: int = 2, plan: PrivacyPlan = PLAN, **performance) -> Parts:
     mesh, task = mesh_of(devices), Task(PARAMS, network_loss, False, lambda params, example: {})
     size = config.performance.physical_batch_size
     assert isinstance(size, int)
-    placement, layout = make_placement(config, plan, mesh), BatchLayout(size, devices)
+    placement, layout = make_placement(config, plan, mesh, PARAMS), BatchLayout(size, devices)
     rows, state = blank_rows(mesh, SOURCE, layout, config.data), placement.abstract(PARAMS)
     functions = compiled_steps(config, plan, task, placement, state, {}, rows)
     made_up = MadeUp(mesh, layout, SOURCE.metadata, len(SOURCE), resident=False)

@@ -34,7 +34,8 @@ from dpscale.physical_batch import agreed_physical_batch_size
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.sampling import PoissonSampler
-from dpscale.step import Statistics, requests_array
+from dpscale.state import Statistics
+from dpscale.step import requests_array
 from dpscale.stopping import StopRequests
 from dpscale.task import Task, build_task
 from dpscale.train import configure_jax, find_source
@@ -157,7 +158,7 @@ class _Parts:
         sampler = PoissonSampler(plan.num_examples, plan.sampling_rate, secret.derive("sampling"), plan.max_batch_size)
         self.feed = Feed(mesh, source, sampler, layout, attempt=0, start_step=0, stop_step=self.steps, data=config.data)
         stack.callback(self.feed.close)
-        placement = make_placement(config, plan, mesh)
+        placement = make_placement(config, plan, mesh, task.params)
         placement = replace(placement, optimizer=observing(placement.optimizer))
         self.state = placement.create(task.params)
         rows = blank_rows(mesh, source, layout, config.data)

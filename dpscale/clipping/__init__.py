@@ -1,6 +1,7 @@
 """The sum of clipped per-example gradients of any JAX loss."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,6 +18,8 @@ from dpscale.clipping.example import ClippedSum as ClippedSum
 from dpscale.clipping.example import Problem, check_scalar
 from dpscale.clipping.explain import Explanation as Explanation
 from dpscale.clipping.explain import explanation
+from dpscale.clipping.groups import NormGroups as NormGroups
+from dpscale.clipping.groups import by_module as by_module
 from dpscale.clipping.reference import materialize
 from dpscale.clipping.split import clipped_sum, split_backward
 from dpscale.errors import InputError
@@ -32,6 +35,7 @@ def clipped_grad(
     bound: Bound | None = None,
     has_aux: bool = False,
     trainable: Any = None,
+    norm_groups: NormGroups | None = None,
 ) -> "ClippedGrad":
     """A function that gives the sum over a batch of each example's clipped gradient of `loss_fn`.
 
@@ -39,6 +43,7 @@ def clipped_grad(
     (no batch axis): a float scalar, or `(scalar, aux)` with `has_aux=True`. Any JAX code will do.
     `clip_norm` (default 1.0) is short for `bound=Flat(clip_norm)`; see `PerGroup` and `Normalized`.
     `trainable` is a prefix pytree of bools; the gradient of a False or non-float leaf is None.
+    `norm_groups`, as `by_module(params)` makes them, asks for the norms of groups of leaves too.
 
     Methods give the same sums up to rounding: "auto" lets the engine decide, "bookkeeping" takes one backward pass,
     "ghost" two (least memory), "materialize" writes out every example's gradient.
@@ -59,18 +64,27 @@ def clipped_grad(
     """
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: choose one of {', '.join(get_args(Method))}")
-    return ClippedGrad(loss_fn, as_bound(clip_norm, bound), method, has_aux, trainable)
+    return ClippedGrad(loss_fn, as_bound(clip_norm, bound), method, has_aux, trainable, norm_groups)
 
 
 class ClippedGrad:
     """`clipped(params, batch, mask, keys=None) -> ClippedSum`; see `clipped_grad`."""
 
-    def __init__(self, loss_fn: Callable[..., Any], bound: Bound, method: Method, has_aux: bool, trainable: Any):
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        bound: Bound,
+        method: Method,
+        has_aux: bool,
+        trainable: Any,
+        norm_groups: NormGroups | None,
+    ):
         self.loss_fn = loss_fn
         self.bound = bound
         self.method: Method = method
         self.has_aux = has_aux
         self.trainable = trainable
+        self.norm_groups = norm_groups
 
     def __call__(self, params: Any, batch: Any, mask: jax.Array, keys: jax.Array | None = None) -> ClippedSum:
         """`batch`: pytree with leading axis B; `mask`: bool[B], False for padding; `keys`: leading axis B or None."""
@@ -80,7 +94,7 @@ class ClippedGrad:
         grads: list[Any] = [None] * len(flat)
         for place, grad in zip(places, result.grad_sum, strict=True):
             grads[place] = grad
-        return ClippedSum(treedef.unflatten(grads), result.norms, result.losses, result.finite, result.aux)
+        return replace(result, grad_sum=treedef.unflatten(grads))
 
     def explain(self, params: Any, batch: Any, keys: jax.Array | None = None) -> Explanation:
         """Per parameter: the route, sizes, operations and bytes for this batch. Print it."""
@@ -110,7 +124,20 @@ class ClippedGrad:
 
         rows = (batch,) if keys is None else (batch, keys)
         leaves, names = [flat[j] for j in places], [paths[j] for j in places]
-        return Problem(loss, leaves, names, rows, mask, self.bound, [groups[j] for j in places]), places
+        problem = Problem(loss, leaves, names, rows, mask, self.bound, [groups[j] for j in places])
+        return self._with_norm_groups(problem, places, len(flat)), places
+
+    def _with_norm_groups(self, problem: Problem, places: list[int], num_leaves: int) -> Problem:
+        asked = self.norm_groups
+        if asked is None:
+            return problem
+        if len(asked.of_leaf) != num_leaves:
+            raise InputError(
+                f"norm_groups has a group for {len(asked.of_leaf)} leaves, and the parameters have {num_leaves}: make "
+                "it for these parameters"
+            )
+        of_leaf = [asked.of_leaf[j] for j in places]
+        return replace(problem, norm_groups=of_leaf, num_norm_groups=len(asked.names))
 
 
 def _trainable_leaves(trainable: Any, params: Any, flat: list[jax.Array]) -> list[bool]:

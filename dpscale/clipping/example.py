@@ -21,7 +21,7 @@ class ClippedSum:
     non-float leaves. `norms`: f32[B], `losses`: f32[B], both 0 where a row contributes nothing.
     `finite`: bool[B], False only where an unmasked row's loss or gradient norm is not finite; such a row
     contributes exactly zero. `aux`: the loss's auxiliary output with a leading axis B, or None; zeros where
-    a row contributes nothing.
+    a row contributes nothing. `group_norms`: f32[G, B], norms of the asked groups of leaves, or None.
 
     All but `grad_sum` are sensitive: they concern single records and are not protected by noise.
     """
@@ -31,6 +31,7 @@ class ClippedSum:
     losses: jax.Array
     finite: jax.Array
     aux: Any = None
+    group_norms: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Problem:
 
     `loss(leaves, row) -> (scalar, aux)` is the user's loss of one example as a function of the trainable leaves
     (a list) and of one row of `rows`. `rows` is a pytree with a leading axis B (the batch, and the keys if any).
-    `groups[j]` is the bound's group of leaf j.
+    `groups[j]` is the bound's group of leaf j; `norm_groups[j]` the group whose norm is asked for, if any is.
     """
 
     loss: Callable[[list[jax.Array], Any], tuple[jax.Array, Any]]
@@ -49,6 +50,8 @@ class Problem:
     mask: jax.Array
     bound: Bound
     groups: list[int]
+    norm_groups: list[int] | None = None
+    num_norm_groups: int = 0
 
 
 def sum_dtype(dtype) -> Any:
@@ -93,6 +96,16 @@ def clip_factors(
     factors = problem.bound.factors(jnp.sqrt(jnp.stack(joint)))
     total = functools.reduce(jnp.add, [x.astype(dtype) for x in squares])
     return jnp.sqrt(total), list(factors)
+
+
+def group_norms(problem: Problem, squares: list[jax.Array]) -> jax.Array | None:
+    """f32[G, B] from the leaves' squared norms, each f[B]; None where they are not asked for."""
+    if problem.norm_groups is None:
+        return None
+    sums = [jnp.zeros_like(problem.mask, jnp.float32)] * problem.num_norm_groups
+    for square, group in zip(squares, problem.norm_groups, strict=True):
+        sums[group] = sums[group] + square.astype(jnp.float32)
+    return jnp.sqrt(jnp.stack(sums))
 
 
 def check_scalar(loss: jax.Array) -> None:

@@ -1,9 +1,19 @@
 """vmap(grad): every example's whole gradient in memory. Slow, obviously right; what the tests compare against."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
-from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
+from dpscale.clipping.example import (
+    ClippedSum,
+    Problem,
+    clip_factors,
+    group_norms,
+    replace_rows,
+    select_rows,
+    sum_dtype,
+)
 from dpscale.clipping.hold import held
 
 
@@ -26,7 +36,7 @@ def materialize(problem: Problem) -> ClippedSum:
     shapes = jax.eval_shape(lambda: _clip_and_sum(problem, problem.mask))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + falsum.astype(x.dtype), shapes)
     keep, _, result = jax.lax.while_loop(lambda state: ~state[1], attempt, (problem.mask, falsum, nothing))
-    return ClippedSum(result.grad_sum, result.norms, result.losses, keep | ~problem.mask, result.aux)
+    return replace(result, finite=keep | ~problem.mask)
 
 
 def _loss_and_grads(problem: Problem, row):
@@ -42,7 +52,9 @@ def _clip_and_sum(problem: Problem, keep: jax.Array) -> ClippedSum:
     rows = replace_rows(keep, problem.rows)
     losses, aux, grads = jax.vmap(lambda row: _loss_and_grads(problem, row))(rows)
     grads = [held(grad, keep) for grad in grads]
-    norms, factors = clip_factors(problem, _squares(grads, 1))
+    squares = _squares(grads, 1)
+    norms, factors = clip_factors(problem, squares)
+    by_group = group_norms(problem, squares)
     finite = jnp.isfinite(losses) & jnp.isfinite(norms)
     good = keep & finite
     grads = [select_rows(good, grad) for grad in grads]
@@ -50,7 +62,8 @@ def _clip_and_sum(problem: Problem, keep: jax.Array) -> ClippedSum:
     sums = [jnp.tensordot(factors[g].astype(x.dtype), x, 1) for g, x in zip(problem.groups, grads, strict=True)]
     aux = jax.tree.map(lambda x: select_rows(good, x), aux)
     losses, norms = select_rows(good, losses), select_rows(good, norms)
-    return ClippedSum(sums, norms, losses.astype(jnp.float32), finite | ~keep, aux)
+    by_group = None if by_group is None else jnp.where(good, by_group, 0)
+    return ClippedSum(sums, norms, losses.astype(jnp.float32), finite | ~keep, aux, by_group)
 
 
 def _finite_one_by_one(problem: Problem) -> jax.Array:

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
-from dpscale.clipping.example import ClippedSum, Problem, clip_factors, replace_rows, select_rows, sum_dtype
+from dpscale.clipping.example import (
+    ClippedSum,
+    Problem,
+    clip_factors,
+    group_norms,
+    replace_rows,
+    select_rows,
+    sum_dtype,
+)
 from dpscale.clipping.hold import held
 from dpscale.clipping.jaxpr import (
     Constant,
@@ -210,11 +218,12 @@ hundreds of tiny kernels, whose starting takes longer than their work."""
 
 
 def bundles(parts: Split, problem: Problem) -> list[list[int]]:
-    """The leaves in parts whose norms are taken together: small ones without rules, of one clip group."""
+    """The leaves in parts whose norms are taken together: small ones without rules, of one group."""
     found: dict[Any, list[int]] = {}
     for j, (layer, leaf) in enumerate(zip(parts.layers, problem.leaves, strict=True)):
         small = not layer.rules and leaf.size <= BUNDLED_FLOATS
-        found.setdefault((problem.groups[j], sum_dtype(leaf.dtype)) if small else j, []).append(j)
+        asked = None if problem.norm_groups is None else problem.norm_groups[j]
+        found.setdefault((problem.groups[j], asked, sum_dtype(leaf.dtype)) if small else j, []).append(j)
     return list(found.values())
 
 
@@ -227,6 +236,7 @@ class Measured:
     finite: jax.Array
     good: jax.Array
     each: list[jax.Array | None]
+    group_norms: jax.Array | None
 
 
 def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) -> Measured:
@@ -234,7 +244,7 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
     nothing = Squares(*[jnp.zeros(problem.mask.shape, jnp.float32)] * 2)
     squares, each = [nothing] * len(parts.layers), list[jax.Array | None]([None] * len(parts.layers))
     for places in bundles(parts, problem):
-        first = places[0]  # gets the bundle's square; only the sum over the leaves of a clip group counts
+        first = places[0]  # gets the bundle's square; only sums over the leaves of a group count
         layer, value = parts.layers[first], rows.values[first]
         if isinstance(value, Squares):
             squares[first] = value
@@ -247,10 +257,12 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
             squares[first] = Squares(*[_joint_square(list(written.values()))] * 2)
             for j, x in written.items():
                 each[j] = x
-    norms, factors = clip_factors(problem, [x.estimate for x in squares], [x.upper for x in squares])
+    estimates = [x.estimate for x in squares]
+    norms, factors = clip_factors(problem, estimates, [x.upper for x in squares])
+    by_group = group_norms(problem, estimates)
     finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms)
     good, factors = held((finite & problem.mask, factors), problem.mask)  # or each sum makes its own
-    return Measured(norms, factors, finite | ~problem.mask, good, each)
+    return Measured(norms, factors, finite | ~problem.mask, good, each, by_group)
 
 
 def _written(parts: Split, places: Sequence[int], values: list[Any], mask: jax.Array) -> dict[int, jax.Array]:
@@ -374,4 +386,5 @@ def _result(problem: Problem, rows: Evaluated, found: Measured, sums: list[jax.A
     sums = [x.astype(sum_dtype(leaf.dtype)) for x, leaf in zip(sums, problem.leaves, strict=True)]
     aux = jax.tree.map(lambda x: select_rows(found.good, x), rows.aux)
     losses = select_rows(found.good, rows.losses).astype(jnp.float32)
-    return ClippedSum(sums, select_rows(found.good, found.norms), losses, found.finite, aux)
+    by_group = None if found.group_norms is None else jnp.where(found.good, found.group_norms, 0)
+    return ClippedSum(sums, select_rows(found.good, found.norms), losses, found.finite, aux, by_group)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from dpscale.clipping import NormGroups
 from dpscale.config import RunConfig
 from dpscale.metrics.plot import plot_run
 from dpscale.metrics.progress import ProgressBar
@@ -22,8 +23,17 @@ from dpscale.privacy.plan import PrivacyPlan
 class Recorder:
     """One process's metrics; all but process 0 make theirs with `enabled=False`, and it then does nothing."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, plan: PrivacyPlan, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        plan: PrivacyPlan,
+        *,
+        enabled: bool,
+        norm_groups: NormGroups | None = None,
+    ) -> None:
         self._run_dir, self._config, self._plan, self._enabled = run_dir, config, plan, enabled
+        self._norm_groups = norm_groups
         self._public = PublicStream(run_dir, validation_is=config.data.validation_is, enabled=enabled)
         self._sensitive = SensitiveStream(run_dir, enabled=enabled and config.metrics.sensitive)
         self._tensorboard = TensorBoardWriter(run_dir) if enabled and config.metrics.tensorboard else None
@@ -69,6 +79,7 @@ class Recorder:
     def arrived(self, step: int, statistics: Any) -> None:
         """Record one step's statistics in the sensitive stream (`dpscale.step.Statistics`)."""
         finite = max(statistics.examples - statistics.nonfinite, 1.0)
+        of_groups = {} if self._norm_groups is None else self._norm_groups.means(statistics.groups, finite)
         self._sensitive.write(
             step,
             train_loss=statistics.loss / finite,
@@ -76,6 +87,7 @@ class Recorder:
             clip_fraction=statistics.clipped / finite,
             mean_norm=statistics.norm / finite,
             nonfinite_examples=int(statistics.nonfinite),
+            **of_groups,
         )
 
     def commit(self, step: int) -> None:

@@ -37,8 +37,10 @@ SENSITIVE_KEYS: Mapping[str, str] = MappingProxyType(
     {
         "train_loss": "mean loss over the drawn batch, before noise",
         "batch_size": "how many examples Poisson sampling drew",
-        "clip_fraction": "share of the drawn examples whose gradient was clipped",
+        "clip_fraction": "share of the drawn examples whose whole gradient was longer than the clip norm",
         "mean_norm": "mean per-example gradient norm, before clipping",
+        "mean_norm/GROUP": "the same of one group of parameters, with metrics.group_norms",
+        "clip_fraction/GROUP": "share of the drawn examples whose gradient in one of privacy.clip_groups was clipped",
         "nonfinite_examples": "drawn examples whose gradient was not finite",
         "step_time_s": "wall time of the step, which follows the drawn batch's size",
         "validation_accuracy": "where the held-out data are private",

@@ -64,7 +64,7 @@ class Bench:
             stop_step=WARM_UP_STEPS + effort.windows * (LEAD_IN_STEPS + effort.steps),
             data=config.data,
         )
-        placement = make_placement(self.config, self.plan, self.mesh)
+        placement = make_placement(self.config, self.plan, self.mesh, self.task.params)
         self.state = placement.create(self.task.params)
         self.blank = blank_rows(self.mesh, self.source, self.layout, config.data)
         self.requests = requests_array(self.mesh, stop=False, save=False)

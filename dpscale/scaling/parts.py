@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from dpscale.chacha import key_words
 from dpscale.mesh import DATA_AXIS, place_replicated, replicated, split
 from dpscale.noise import add_gaussian_noise
-from dpscale.state import Statistics, TrainState
+from dpscale.state import RIDERS, TrainState
 
 ROUNDS = 5
 CALLS = 3  # in a row, so that dispatch hides behind the device as it does in the loop
@@ -37,7 +37,7 @@ def seconds_each(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 def reduction_seconds(mesh: Mesh, num_parameters: int) -> float:
     """One all-reduce of as many float32 numbers as a step reduces: every parameter, and the statistics."""
-    length = num_parameters + len(Statistics._fields)
+    length = num_parameters + RIDERS
     parts = jax.jit(lambda: jnp.zeros((mesh.size, length), jnp.float32), out_shardings=split(mesh))()
 
     def reduce_once(mine: jax.Array) -> jax.Array:

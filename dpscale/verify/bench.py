@@ -83,7 +83,7 @@ class Bench:
         self._state, _, reduced = finalize(self._state, sums, self._requests(), self.keys.noise(step))
         divisor = np.float32(self.plan.expected_batch_size)
         shards = self._read(self._state).addressable_shards
-        statistics = Statistics(*np.asarray(reduced.addressable_data(0)).tolist())
+        statistics = Statistics.of(np.asarray(reduced.addressable_data(0)))
         return [np.asarray(shard.data) * divisor for shard in shards], statistics
 
     def run_finalize(self, step: int) -> TrainState:

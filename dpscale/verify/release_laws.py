@@ -33,7 +33,8 @@ def check_release(bench: Bench, laws: Laws, draws: int, most_steps: int) -> Nois
     steps = min(max(most_steps, AT_LEAST_STEPS), max(AT_LEAST_STEPS, -(-draws // bench.count)))
     later = [bench.finalize(bench.functions.zero_sums(), step)[0] for step in range(1, steps)]
     devices = bench.mesh.size
-    shard = vector_size(bench.task.params, devices) // devices if bench.placement.sharded else bench.count
+    size = vector_size(bench.task.params, devices, bench.placement.group_sums)
+    shard = size // devices if bench.placement.sharded else bench.count
     sample = NoiseSample(
         np.stack([noise, *later]), bench.plan.noise_stddev, bench.leaf_names(), bench.leaf_sizes(), shard
     )

@@ -17,7 +17,7 @@ Tensors = dict[str, np.ndarray]
 
 # A tensor whose name contains this tells the format. In this order.
 _MARKS = {
-    "hugging_face": ("vit.embeddings.", "bert.embeddings.", "embeddings.word_embeddings", "wte.weight"),
+    "hugging_face": ("embeddings.patch_embeddings.", "embeddings.word_embeddings.", "wte.weight"),
     "timm": ("patch_embed.proj.weight", "layer1.0.conv1.weight"),
     "augreg": ("Transformer/encoderblock_0/", "Transformer/posembed_input/"),
     "bit": ("resnet/root_block/",),
