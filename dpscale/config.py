@@ -349,7 +349,8 @@ class MetricsSection(Section):
         if self.group_norms and not self.sensitive:
             raise ValueError(
                 "metrics.group_norms is true but metrics.sensitive is not: norms of single examples' gradients are not "
-                "protected by noise and go to the sensitive stream alone; set both or neither"
+                "protected by noise and go to the sensitive stream alone; set metrics.sensitive = true too, or leave "
+                "it out"
             )
         return self
 

@@ -189,6 +189,12 @@ def _record_task(
             f"data.augmentation_multiplicity={views} belongs to dpscale's own losses, but a loss was given, which "
             "augments by itself: leave it out, and average over the views in your loss"
         )
+    smoothing, kind = config.training.label_smoothing, metadata.label_kind
+    if smoothing and (loss is not None or kind != "class"):
+        seen = "a loss was given" if loss is not None else f"the labels of {metadata.name} are of kind {kind!r}"
+        raise InputError(
+            f"training.label_smoothing={smoothing} belongs to dpscale's own loss of classes, but {seen}: leave it out"
+        )
     if _is_params(model):
         if loss is None:
             raise InputError("model is a pytree of parameters, so loss must be given: loss(params, example) -> scalar")

@@ -210,3 +210,17 @@ def test_a_model_of_another_vocabulary_or_padding_than_the_data_is_refused():
         build_task(config(1, random_flip=False, random_crop_padding=0), metadata, model=Reader(vocabulary=8))
     with pytest.raises(InputError, match=r"filled up with token 0, but model.pad_token=1"):
         build_task(config(1, random_flip=False, random_crop_padding=0), metadata, model=Reader(pad_token=1))
+
+
+def test_smoothing_of_what_has_no_classes_is_refused_and_not_left_out_in_silence():
+    smooth = config_from_dict(
+        {
+            "training": {"steps": 1, "label_smoothing": 0.1},
+            "privacy": {"enabled": False, "sampling_rate": 1.0},
+        }
+    )
+    values = as_source((np.zeros((6, 3), np.float32), np.zeros(6, np.float32)))
+    with pytest.raises(InputError, match=r"label_smoothing=0\.1 .* are of kind 'value'"):
+        build_task(smooth, values.metadata, model=nn.Dense(1))
+    with pytest.raises(InputError, match="a loss was given"):
+        build_task(smooth, SOURCE.metadata, model=Small(), loss=lambda params, example: jnp.zeros(()))

@@ -243,6 +243,19 @@ def test_a_pickle_that_names_anything_but_arrays_is_refused_without_being_run(tm
     assert not (tmp_path / "trapped").exists()
 
 
+def test_what_was_fetched_in_place_of_an_archive_and_splits_that_are_not_there_are_named(tmp_path):
+    page = tmp_path / "cifar-100-python.tar.gz"
+    page.write_text("<html>404</html>")
+    with pytest.raises(
+        InputError, match=r"cifar-100-python.tar.gz is a file, but no archive of CIFAR .* Fetch it again"
+    ):
+        open_source(f"{page}/train")
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"")
+    with pytest.raises(InputError, match="splits are train and test: 'validation' is none"):
+        open_source(f"{tmp_path}/cifar-100-python/validation")
+
+
 def test_a_damaged_cifar_is_refused(tmp_path):
     folder = tmp_path / "cifar"
     folder.mkdir()

@@ -24,7 +24,7 @@ from dpscale.loop import STEPS_IN_FLIGHT, StepKeys, training_steps
 from dpscale.mesh import place_replicated
 from dpscale.privacy.secret import RootSecret
 from dpscale.sampling import PoissonSampler
-from dpscale.state import Statistics, TrainState
+from dpscale.state import RIDERS, Statistics, TrainState
 from dpscale.step import StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
 
 KEYS = StepKeys(RootSecret.from_insecure_seed(11), attempt=0)
@@ -64,7 +64,7 @@ class Played:
         self.events.append(("finalize", state.step))
         self.noise_keys.append(key)
         reduced = self._reduced.get(state.step, NOTHING)._replace(examples=float(state.step))
-        return TrainState(state.step + 1, None, None), sums, np.array(reduced, np.float32)  # type: ignore[arg-type]
+        return TrainState(state.step + 1, None, None), sums, np.array(reduced[:RIDERS], np.float32)  # type: ignore[arg-type]
 
     def _arrived(self, done: int, statistics: Statistics) -> None:
         self.events.append(("arrived", done))

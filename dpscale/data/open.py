@@ -201,6 +201,14 @@ def _unknown(spec: str, path: Path) -> str:
             ".bin file, a folder of "
             ".npy files, of class folders, or of a conversion, or A.npy,B.npy; or say what it is with data.format"
         )
+    place = path.parent
+    if find_layout(place) is not None:
+        return f"{place} holds CIFAR, whose splits are {' and '.join(CIFAR_SPLITS)}: {path.name!r} is none of them"
+    if place.is_file():
+        return (
+            f"{place} is a file, but no archive of CIFAR that can be read: it is damaged, cut short or something else "
+            "(a web page that was saved under its name?). Fetch it again, or name another file"
+        )
     names = [f"{name}/{split}" for name in BUILTIN for split in SPLITS]
     return (
         f"{spec!r} is neither a file or folder here nor a built-in data set: {did_you_mean(spec, names)}built in are "
