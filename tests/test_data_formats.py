@@ -139,6 +139,11 @@ def test_the_fingerprint_of_a_folder_follows_names_and_content(images):
     assert fingerprint() == seen[-1]
 
 
+def test_a_missing_class_folder_is_seen_where_the_number_of_classes_is_said(images):
+    with pytest.raises(InputError, match=r"but data\.num_classes=1000: .* an empty one where it has no images"):
+        open_source(str(images), image_size=8, num_classes=1000)
+
+
 def test_classes_that_differ_between_training_and_validation_are_refused_by_name(images, tmp_path):
     train = open_source(str(images), image_size=8)
     other = tmp_path / "validation"

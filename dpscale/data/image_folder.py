@@ -35,8 +35,9 @@ class ImageFolderSource:
         classes = _class_folders(root)
         if options.num_classes not in (None, len(classes)):
             raise InputError(
-                f"{name} has {len(classes)} class folders, but data.num_classes={options.num_classes}: leave it out, "
-                "or name the folder that holds the classes"
+                f"{name} has {len(classes)} class folders, but data.num_classes={options.num_classes}: labels are "
+                "numbers in the order of the names, so each class needs one, an empty one where it has no images; or "
+                "correct the number, or name the folder that holds the classes"
             )
         self._root, self._options, self._decode = root, options, decoder
         starts = [0]
