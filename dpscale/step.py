@@ -128,8 +128,8 @@ def build_accumulate(
             grad_sum = cut(jax.lax.psum(join(grad_sum), DATA_AXIS), grad_sum)
         gradient = jax.tree.map(lambda total, part: total + part[None], sums.gradient, grad_sum)
         groups = sums.groups
-        if norm_groups is not None and out.group_norms is not None:
-            groups = sums.groups + norm_groups.sums(out.group_norms, counted)[None]
+        if groups is not None and norm_groups is not None and out.group_norms is not None:
+            groups = groups + norm_groups.sums(out.group_norms, counted)[None]
         return Sums(gradient, sums.statistics + statistics[None], groups)
 
     mine, everywhere = P(DATA_AXIS), P()
