@@ -74,7 +74,7 @@ class Lease:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path = Path(os.path.realpath(path.parent)) / path.name  # one directory may have several names
         self._released = threading.Event()
         self._renewer: threading.Thread | None = None
         self._renewed = 0.0  # time.monotonic()

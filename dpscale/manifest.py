@@ -80,6 +80,9 @@ def inspect(path: Path) -> tuple[str | None, dict[str, Any]]:
     fault, found, files = read_manifest(path)
     if fault is not None:
         return fault, {}
+    unlisted = {str(file.relative_to(path)) for file in _files(path) if not file.name.startswith(".")} - files.keys()
+    if unlisted:
+        return f"its manifest does not list {min(unlisted)}", {}
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():

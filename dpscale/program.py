@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,20 @@ FREE = {
     "training": {"evaluate_every_steps", "evaluate_ema"},
 }
 PACKAGES = ("dpscale", "jax", "jaxlib", "flax", "optax", "numpy")
+# What draws, clips, sums, noises and updates; the code of model, loss and transforms is in the loss's own digest.
+STEP_SOURCES = ("batching", "chacha", "clipping", "data/loader", "data/resident", "data/users", "feed", "gradients")
+STEP_SOURCES += (
+    "loop",
+    "noise",
+    "optimizer",
+    "placement",
+    "privacy/secret",
+    "sampling",
+    "shard_update",
+    "state",
+    "step",
+)
+ROOT = Path(__file__).parent
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
@@ -44,7 +59,21 @@ def program_facts(config: RunConfig, loss: Callable[..., Any], params: Any, exam
     facts["performance.compute_dtype"] = config.performance.compute_dtype
     facts["loss"] = _program_digest(loss, params, example, uses_key)
     facts |= {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    facts["dpscale source"] = source_digest()
     return json.loads(json.dumps(facts))
+
+
+def source_digest(root: Path = ROOT) -> str:
+    """SHA-256 over the files of dpscale that a step is made of and its loss is not, 64 hexadecimal digits.
+
+    An edited installation has the version that it had before.
+    """
+    hasher = hashlib.sha256()
+    for name in STEP_SOURCES:
+        files = [root / f"{name}.py"] if (root / f"{name}.py").exists() else sorted((root / name).glob("*.py"))
+        for file in files:
+            hasher.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
+    return hasher.hexdigest()
 
 
 def digest(facts: dict) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from dpscale.batching import BatchLayout, run_layout
 from dpscale.checkpoint import Checkpoints
 from dpscale.config import RunConfig, load_config
-from dpscale.data.open import as_source, check_alike, open_source
+from dpscale.data.open import as_source, check_alike, check_apart, open_source
 from dpscale.data.options import SourceOptions
 from dpscale.data.resident import resident_shapes
 from dpscale.data.source import ExampleSource
@@ -37,7 +37,7 @@ from dpscale.optimizer import learning_rate_schedule
 from dpscale.physical_batch import agreed_physical_batch_size
 from dpscale.placement import Placement
 from dpscale.privacy.ledger import Ledger
-from dpscale.program import program_facts
+from dpscale.program import digest, program_facts
 from dpscale.ranges import Ranges
 from dpscale.replicas import ReplicaCheck, SentCheck
 from dpscale.report import write_report
@@ -143,6 +143,8 @@ def train(
     if validation_data is not None or config.data.validation:
         held_out = find_source(config, validation_data, config.data.validation or "", "validation")
         check_alike(source, held_out)
+        if config.privacy.enabled and config.data.validation_is == "public":
+            check_apart(source, held_out)
     task = build_task(config, source.metadata, model, loss)
     check_groups(config, task.params)
     with ExitStack() as stack:
@@ -195,6 +197,7 @@ class _Run:
         whole = self.task.whole(self.task.params)
         self.program = program_facts(self.config, self.task.whole_loss, whole, example, self.task.uses_key)
         self.program |= self.task.weight_facts()
+        fingerprint = self.source.fingerprint_parts()
 
         def decide() -> dict[str, Any]:
             self.directory.prepare()
@@ -208,7 +211,7 @@ class _Run:
                 self.directory,
                 self.config,
                 len(self.source),
-                self.source.fingerprint_parts(),
+                fingerprint,
                 self.program,
                 self.checkpoints,
                 new_attempt=new_attempt,
@@ -221,6 +224,9 @@ class _Run:
         self.plan = self.briefing.plan
         facts = json.dumps(self.task.weight_facts(), sort_keys=True).encode()
         check_agreement("a pre-trained or frozen weight", facts, "Every node must read the same model.pretrained.")
+        check_agreement("the program (config, loss, versions)", digest(self.program).encode(), "All must run one.")
+        # A copy in another order has each record at two indices: it could be drawn twice, and that is not accounted.
+        check_agreement("the training data", fingerprint, "Every node must read the same files: stage them again.")
         for line in self.task.notes:
             self.report(line)
         for warning in self.plan.warnings:
@@ -462,6 +468,8 @@ class _Run:
             self.check_replicas.send((self.state.params, self.state.ema), NO_DRAW).agreed()
             if is_main():
                 self._commit(self.checkpoints.wait())
+            if self.lease is not None:
+                self.lease.check()  # whoever took the directory over saves there now
             head = self.ledger.head if self.ledger is not None else None
             facts = {"attempt": self.briefing.attempt, "ledger_head": head, "model": self.model}
             self.checkpoints.save(step, self.state, facts)

@@ -355,3 +355,15 @@ def per_example_kernel(rng):
         return jnp.sum(jnp.sin(out))
 
     return loss, {"w": normal(rng, 3, 4, 2)}, normal(rng, 4, 8, 4)
+
+
+@case({"w": "materialised"})
+def grouped_conv_whose_kernel_follows_the_example(rng):
+    """Its every convolution has both operands from the example: under vmap XLA's CPU compiler mixes their rows."""
+
+    def loss(p, x):
+        kernel = jnp.tanh(p["w"] * (1 + jnp.mean(x)))
+        out = jax.lax.conv_general_dilated(x[None], kernel, (1,), "SAME", dimension_numbers=NWC, feature_group_count=2)
+        return jnp.sum(jnp.sin(out))
+
+    return loss, {"w": normal(rng, 3, 1, 4)}, normal(rng, 4, 9, 2)

@@ -1,6 +1,7 @@
 """Laws of checkpoints: whole or not used, and the one before stays good whatever happens to the next."""
 
 import gc
+import json
 import os
 import shutil
 from pathlib import Path
@@ -104,6 +105,13 @@ def flip(path: Path) -> None:
     file.write_bytes(data)
 
 
+def unlist_and_flip(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["files"][str(largest_file(path).relative_to(path))]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    flip(path)
+
+
 DAMAGES = {
     "an empty directory": empty,
     "a truncated file": truncate,
@@ -112,6 +120,7 @@ DAMAGES = {
     "half deleted": lambda path: shutil.rmtree(path / "d"),
     "no manifest": lambda path: (path / MANIFEST).unlink(),
     "a torn manifest": lambda path: (path / MANIFEST).write_text('{"schema": 1'),
+    "a manifest that lists less": unlist_and_flip,
     "a copy of another step": lambda path: (empty(path), shutil.copytree(path.parent / "6", path, dirs_exist_ok=True)),
 }
 

@@ -8,7 +8,12 @@ from clipping_cases import CASES, Case
 
 from dpscale.clipping import PerGroup, clipped_grad
 
-FAST = {"conv_2d_grouped_strided", "embedding_with_repeated_ids", "one_weight_used_three_times"}
+FAST = {
+    "conv_2d_grouped_strided",
+    "grouped_conv_whose_kernel_follows_the_example",
+    "embedding_with_repeated_ids",
+    "one_weight_used_three_times",
+}
 PARAMS = [pytest.param(c, id=c.name, marks=[] if c.name in FAST else [pytest.mark.slow]) for c in CASES]
 
 

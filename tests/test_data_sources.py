@@ -11,7 +11,9 @@ import pytest
 
 from dpscale.data import ExampleSource, as_source, open_source
 from dpscale.data.arrays import ArraySource
+from dpscale.data.open import check_apart
 from dpscale.data.source import content_digest
+from dpscale.data.users import UserSource
 from dpscale.errors import InputError
 
 FEATURES = np.arange(60, dtype=np.uint8).reshape(10, 3, 2)
@@ -280,3 +282,13 @@ def test_the_number_of_classes_is_never_counted_from_the_labels():
 def test_what_is_no_data_is_refused():
     with pytest.raises(InputError, match="type int is not a data set"):
         as_source(3)
+
+
+def test_the_training_examples_are_no_public_held_out_set():
+    train, other = as_source((FEATURES, LABELS)), as_source((FEATURES[:5], LABELS[:5]))
+    users = UserSource(train, np.arange(len(LABELS)) // 2, 2)
+    check_apart(train, other)
+    check_apart(users, other)
+    for source in (train, users):
+        with pytest.raises(InputError, match="the held-out examples are the training examples"):
+            check_apart(source, as_source((FEATURES.copy(), LABELS.copy())))

@@ -57,6 +57,16 @@ def test_two_runs_in_one_process_are_refused_too(tmp_path):
     first.release()
 
 
+def test_two_names_of_one_directory_have_one_lease(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "run")
+    first = Lease(tmp_path / "run" / "lease")
+    first.acquire()
+    with pytest.raises(RunDirectoryError, match="in use"):
+        Lease(tmp_path / "alias" / "lease").acquire()
+    first.release()
+
+
 @pytest.mark.parametrize("left_by_the_dead", [False, True])
 def test_of_many_that_start_at_once_one_wins(tmp_path, left_by_the_dead):
     """Each reads, judges and writes; without a lock between them two could read before either writes."""

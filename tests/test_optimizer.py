@@ -9,8 +9,10 @@ import optax
 import pytest
 from step_fixtures import flat
 
-from dpscale.config import OptimizerSection
+from dpscale.config import OptimizerSection, config_from_dict
+from dpscale.data import as_source
 from dpscale.optimizer import learning_rate_schedule, make_optimizer
+from dpscale.task import build_task
 
 PARAMS = {"w": jnp.asarray([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.asarray([0.1, -0.2])}
 
@@ -65,6 +67,25 @@ def test_weight_decay_is_decoupled_from_the_gradient(name):
             without = after(make_optimizer(section(name=name, learning_rate=rate, weight_decay=0.0), 10), gradients)
             with_it = after(make_optimizer(section(name=name, learning_rate=rate, weight_decay=decay), 10), gradients)
             np.testing.assert_allclose(without - with_it, rate * decay * flat(PARAMS), rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_takes_no_share_of_the_clip_norm():
+    """What is clipped, the gradient of one example's loss, is the same with any decay, bit for bit."""
+    source = as_source((np.eye(6, dtype=np.float32), np.arange(6) % 2), num_classes=2)
+    example = {"features": jnp.ones(6), "label": jnp.int32(1)}
+    found = []
+    for decay in (0.0, 10.0):
+        config = config_from_dict(
+            {
+                "model": {"name": "mlp", "widths": [4]},
+                "optimizer": {"name": "adamw", "weight_decay": decay},
+                "training": {"steps": 1},
+                "privacy": {"enabled": False, "sampling_rate": 1.0},
+            }
+        )
+        task = build_task(config, source.metadata)
+        found.append(jax.jit(jax.value_and_grad(task.loss))(task.params, example, jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def rates(steps: int = 10, **values) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A run with a sharded update that moves between numbers of processes and devices ends as one that never moved."""
+"""Runs of several processes: one that moves between machines ends as one that never moved; all must be of one mind."""
 
 from __future__ import annotations
 
@@ -56,3 +56,35 @@ def committed(run_dir) -> int:
     current = ledger(run_dir).current
     assert current is not None
     return current.committed
+
+
+APART = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import jax
+    import dpscale
+    from dpscale.distributed import Membership, initialize, leave
+    from dpscale.errors import DivergedError
+    from test_train import FEATURES, LABELS, config
+    initialize(Membership.from_environment())
+    me = jax.process_index()
+    reordered = (FEATURES[::-1].copy(), LABELS[::-1].copy())
+    for data, rate in (((FEATURES, LABELS), 0.5 + me), (reordered if me else (FEATURES, LABELS), 0.5)):
+        settings = config(optimizer={{"learning_rate": rate}})
+        try:
+            dpscale.train(settings, {run_dir!r}, train_data=data, progress=False, report=lambda line: None)
+        except DivergedError as error:
+            print("stopped:", error)
+    leave()
+"""
+
+
+def test_processes_with_another_program_or_the_same_records_in_another_order_are_stopped_uncharged(tmp_path):
+    """In another order each record has two indices: it could be in one batch twice, which no accountant knows."""
+    values = {"tests": os.path.dirname(__file__), "run_dir": str(tmp_path / "run")}
+    for code, output in run_together(APART.format(**values), str(1800 + os.getpid() % 400)):
+        assert code == 0, output
+        assert "stopped: the program (config, loss, versions) of process(es) [1] differs" in output
+        assert "stopped: the training data of process(es) [1] differs" in output
+    assert b'"open"' not in (tmp_path / "run" / "ledger.jsonl").read_bytes()

@@ -1,5 +1,6 @@
 """Laws of the program's facts: whatever changes a step's output is seen, and nothing else."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpscale.config import config_from_dict
-from dpscale.program import differences, digest, program_facts
+from dpscale.program import ROOT, STEP_SOURCES, differences, digest, program_facts, source_digest
 
 PARAMS = {"w": jnp.ones(3)}
 EXAMPLE = {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}
@@ -129,3 +130,19 @@ def test_two_processes_agree():
         [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
     assert out.stdout.split() == [digest(facts(make(VALUE))) for make in LOSSES]
+
+
+def test_an_installation_edited_in_place_is_seen_where_a_step_is_made(tmp_path):
+    copy = tmp_path / "dpscale"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = source_digest(copy)
+    assert before == source_digest() == facts(product)["dpscale source"]
+    for name in STEP_SOURCES:
+        file = copy / f"{name}.py"
+        file = file if file.exists() else copy / name / "__init__.py"
+        text = file.read_bytes()
+        file.write_bytes(text.replace(b"return", b"return ", 1))
+        assert source_digest(copy) != before, name
+        file.write_bytes(text)
+    (copy / "report.py").write_text("")
+    assert source_digest(copy) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import dpscale
 from dpscale.config import RunConfig, to_toml
 from dpscale.errors import InputError, RunDirectoryError
+from dpscale.lease import Holder
 from dpscale.metrics.recorder import Recorder
 from dpscale.metrics.status import read_status
 from dpscale.privacy.ledger import Ledger
@@ -322,6 +324,24 @@ def test_a_changed_learning_rate_is_refused_then_goes_on_as_a_new_attempt(tmp_pa
     assert result.step == 12
     with pytest.raises(RunDirectoryError, match=r"optimizer.learning_rate: 0.25 -> 0.5"):
         run(tmp_path / "run")
+
+
+def test_a_run_whose_directory_was_taken_over_saves_and_charges_nothing_more(tmp_path):
+    class TakenOverAfter(StopAfter):
+        """Another machine takes the directory while this one is between two records."""
+
+        @property
+        def reason(self):
+            if super().reason is not None and not (tmp_path / "taken").exists():
+                stranger = dataclasses.replace(Holder.this_process(), host="elsewhere", boot_id="x")
+                (tmp_path / "run" / "lease").write_text(json.dumps(dataclasses.asdict(stranger)))
+                (tmp_path / "taken").write_bytes((tmp_path / "run" / "ledger.jsonl").read_bytes())
+            return None
+
+    with pytest.raises(RunDirectoryError, match=r"taken over by process .* on elsewhere"):
+        run(tmp_path / "run", stops=TakenOverAfter(1))
+    assert not list((tmp_path / "run" / "ckpt").iterdir())
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == (tmp_path / "taken").read_bytes()
 
 
 def test_two_runs_of_one_config_have_different_noise_and_their_secret_stays_in_its_file(tmp_path, capfd):

@@ -345,6 +345,10 @@ def test_a_model_with_batch_norm_is_refused_with_the_name_of_the_remedy(tmp_path
         ({"train_data": (FEATURES, LABELS + 5)}, "classes"),
         ({"train_data": 3}, "not a data set"),
         ({}, "data.train is not set"),
+        (
+            {"train_data": (FEATURES, LABELS), "validation_data": (FEATURES.copy(), LABELS.copy())},
+            "the held-out examples are the training examples",
+        ),
         ({"train_data": (FEATURES, LABELS), "settings": {"privacy": {"clip_norm": 1e-30}}}, "clip_norm=1e-30"),
         (
             {

@@ -19,6 +19,7 @@ from dpscale.data.parquet import open_tables
 from dpscale.data.source import FEATURES, LABEL, ExampleSource
 from dpscale.data.tokens import TokenFileSource
 from dpscale.data.tsv import TsvSource
+from dpscale.data.users import UserSource
 from dpscale.errors import InputError, did_you_mean
 
 OPENERS: dict[str, Callable[[Path, SourceOptions], ExampleSource]] = {
@@ -103,6 +104,20 @@ def check_alike(train: ExampleSource, held_out: ExampleSource) -> None:
                 f"have {ours}: both must "
                 "be read in the same way"
             )
+
+
+def check_apart(train: ExampleSource, held_out: ExampleSource) -> None:
+    """Refuses the training examples as held-out ones whose metrics would be shared: no noise covers those metrics.
+
+    Raises: InputError where both have the same content. A part of the training examples is not noticed.
+    """
+    of_records = train.records if isinstance(train, UserSource) else train
+    if of_records.fingerprint_parts() == held_out.fingerprint_parts():
+        raise InputError(
+            f"the held-out examples are the training examples ({held_out.metadata.name}), but data.validation_is is "
+            '"public": metrics on them would be shared without noise. Name examples that are not trained on, or say '
+            'data.validation_is = "private"'
+        )
 
 
 def _open_path(spec: str, options: SourceOptions) -> ExampleSource:

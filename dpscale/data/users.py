@@ -54,6 +54,11 @@ class UserSource:
         self._starts = np.r_[0, np.cumsum(counts)]
 
     @property
+    def records(self) -> ExampleSource:
+        """The source of single records."""
+        return self._records
+
+    @property
     def metadata(self) -> SourceMetadata:
         """The records' own, with `records` set: a row has one more axis."""
         return replace(self._records.metadata, records=self._max)

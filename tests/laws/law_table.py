@@ -174,6 +174,7 @@ TABLE = [
     _law(
         25, "U", "weight decay does not eat the clip norm",
         "test_optimizer::test_weight_decay_is_decoupled_from_the_gradient",
+        "test_optimizer::test_weight_decay_takes_no_share_of_the_clip_norm",
     ),
     _law(
         26, "C", "optimizer, average and schedule are fed with noised values only",

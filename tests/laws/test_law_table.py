@@ -36,14 +36,16 @@ def test_every_law_has_tests_that_exist(law: Law):
 
 
 def test_every_law_has_its_break():
-    assert [plan.row for plan in BREAKS] == [law.row for law in TABLE]
+    rows = [plan.row for plan in BREAKS]
+    assert rows == sorted(rows)
+    assert sorted(set(rows)) == [law.row for law in TABLE]
 
 
 @pytest.mark.parametrize("plan", BREAKS, ids=lambda plan: f"{plan.row:02}")
 def test_every_break_still_fits_the_code_and_names_a_test_of_its_law(plan: Break):
     text = (TESTS.parent / "dpscale" / plan.file).read_text()
     assert planted(text, plan) != text
-    assert plan.test in TABLE[plan.row - 1].tests
+    assert plan.test.split("[")[0] in TABLE[plan.row - 1].tests
 
 
 @pytest.mark.slow
