@@ -343,6 +343,25 @@ def test_dying_before_a_write_loses_nothing_and_charges_no_less_than_was_drawn(u
     check_a_death(undisturbed, tmp_path / "run", point, min(1, undisturbed.seen[point] - 1), "before")
 
 
+def test_a_checkpoint_that_is_durable_late_lowers_no_charge_of_what_was_begun_meanwhile(undisturbed, tmp_path):
+    """It is found out about at the next save only, when steps beyond it were drawn."""
+    run_dir, close, late = tmp_path / "run", Ledger.close, []
+    with pytest.MonkeyPatch.context() as patch:
+        draws = Draws().watch(patch)
+
+        def closed(ledger: Ledger, attempt: int, step: int, ran_to: int) -> None:
+            close(ledger, attempt, step, ran_to)
+            check_what_a_death_left(run_dir, draws.by_step)
+            late.extend(drawn for _, drawn in draws.by_step if drawn >= step)
+
+        patch.setattr(Ledger, "close", closed)
+        patch.setattr(Checkpoints, "poll", lambda self: None)
+        result = run(run_dir)
+    assert late, "no checkpoint was late"
+    assert charged(run_dir) == [range(STEPS)]
+    assert result.epsilon == undisturbed.result.epsilon
+
+
 def test_a_ledger_line_that_was_half_written_is_as_good_as_none(undisturbed, tmp_path):
     for nth in range(undisturbed.seen["sync ledger.jsonl"]):
         check_a_death(undisturbed, tmp_path / str(nth), "sync ledger.jsonl", nth, "half")

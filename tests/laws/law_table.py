@@ -206,6 +206,7 @@ TABLE = [
         30, "C", "a crash between any two writes never charges too little and loses nothing",
         CRASH + "every_call_that_changes_a_file_of_a_run_is_a_fault_point",
         CRASH + "dying_before_a_write_loses_nothing_and_charges_no_less_than_was_drawn",
+        CRASH + "a_checkpoint_that_is_durable_late_lowers_no_charge_of_what_was_begun_meanwhile",
         CRASH + "a_ledger_line_that_was_half_written_is_as_good_as_none",
         CRASH + "a_real_sigkill_of_one_or_two_processes_loses_nothing_either",
     ),
