@@ -174,6 +174,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         )
     check_plan(ledger, plan, directory)
     check_released(ledger, directory)
+    check_finished(ledger, directory)
     for found in saved:
         ledger.check_saved(found.step, found.facts)
     return RunRecord(directory, config, plan, identity, secret, ended, saved, ledger, sha256)
@@ -228,6 +229,17 @@ def check_released(ledger: Ledger, directory: RunDirectory) -> None:
             f"{directory.ledger} does not hold the line of the release that {directory.released} notes: lines were "
             "lost (the file was truncated or replaced by an older one). Restore it; the card of what was released may "
             "not be true without it"
+        )
+
+
+def check_finished(ledger: Ledger, directory: RunDirectory) -> None:
+    """Raises: PrivacyError where the ledger lost the last line of a run that came to its end."""
+    noted = directory.finished.exists() and directory.finished.stat().st_size > 0
+    head = directory.read_json(directory.finished).get("ledger_head") if noted else None
+    if head is not None and head not in ledger.heads:
+        raise PrivacyError(
+            f"{directory.ledger} does not hold the line that the run ended with, which {directory.finished} notes: "
+            "lines were lost (the file was truncated or replaced by an older one). Restore it"
         )
 
 

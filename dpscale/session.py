@@ -21,7 +21,15 @@ from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.program import differences, digest
 from dpscale.run_directory import RunDirectory
-from dpscale.run_record import IDENTITY_SCHEMA, SECRET_CHECK, check_plan, check_released, open_secret, read_identity
+from dpscale.run_record import (
+    IDENTITY_SCHEMA,
+    SECRET_CHECK,
+    check_finished,
+    check_plan,
+    check_released,
+    open_secret,
+    read_identity,
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ def open_session(
         ledger = Ledger.load(directory.ledger, secret)
         check_plan(ledger, plan, directory)
         check_released(ledger, directory)
+        check_finished(ledger, directory)
         _check_program(ledger, identity, directory)
         changed = differences(identity["program"], program)
         if changed and not new_attempt:

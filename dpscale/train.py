@@ -369,7 +369,9 @@ class _Run:
             self.metrics.status("finished" if finished else "stopped", step, self._epsilon(step))
             plot = self.metrics.plot()
             if finished:
-                self.directory.write_json(self.directory.finished, {"step": step, "epsilon": self._epsilon(step)})
+                head = None if self.ledger is None else self.ledger.head
+                end = {"step": step, "epsilon": self._epsilon(step), "ledger_head": head}
+                self.directory.write_json(self.directory.finished, end)
             page = self._report()
         return TrainResult(
             state="finished" if finished else "stopped",

@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import dpscale
 from dpscale.config import RunConfig, to_toml
-from dpscale.errors import InputError, RunDirectoryError
+from dpscale.errors import InputError, PrivacyError, RunDirectoryError
 from dpscale.lease import Holder
 from dpscale.metrics.recorder import Recorder
 from dpscale.metrics.status import read_status
@@ -32,6 +32,7 @@ from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.plan import PrivacyPlan
 from dpscale.privacy.secret import RootSecret
 from dpscale.run_directory import RunDirectory
+from dpscale.run_record import read_run
 from dpscale.stopping import StopRequests
 
 pytestmark = pytest.mark.slow  # whole runs, most of them in processes of their own
@@ -259,6 +260,16 @@ def test_a_finished_run_called_again_does_nothing_and_says_the_same(whole):
     assert same(again.params, result.params)
     assert (result.run_dir / "ledger.jsonl").read_bytes() == lines
     assert public(result.run_dir) == records
+
+
+def test_a_finished_run_whose_ledger_lost_its_last_line_says_so(whole, tmp_path):
+    shutil.copytree(whole[0].run_dir, tmp_path / "run")
+    lines = (tmp_path / "run" / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run" / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(PrivacyError, match="does not hold the line that the run ended with"):
+        read_run(tmp_path / "run")
+    with pytest.raises(PrivacyError, match="does not hold the line that the run ended with"):
+        run(tmp_path / "run")
 
 
 def test_a_stop_reports_the_steps_that_ran_and_the_run_goes_on_to_the_same_end(whole, tmp_path):
