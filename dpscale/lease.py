@@ -63,7 +63,12 @@ class Holder:
 
     def describe(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}, seen {time.time() - self.renewed_at:.0f} s ago"
+        silent_s = time.time() - self.renewed_at
+        if silent_s < -RENEW_EVERY_S:
+            seen = f"whose clock is {-silent_s:.0f} s ahead of this one's (once it has ended, remove the file lease)"
+        else:
+            seen = f"seen {silent_s:.0f} s ago"
+        return f"process {self.pid} on {self.host}{job}, {seen}"
 
 
 class Lease:

@@ -151,6 +151,13 @@ def test_who_yields_to_whom(tmp_path, holder, yields):
     mine.release()
 
 
+def test_a_holder_from_the_future_is_said_to_be_one_with_the_remedy(tmp_path):
+    """The usual wait would be as long as its clock is ahead."""
+    write(tmp_path / "lease", other(renewed_at=time.time() + 86400))
+    with pytest.raises(RunDirectoryError, match=r"clock is 86\d\d\d s ahead of this one's .* remove the file lease"):
+        Lease(tmp_path / "lease").acquire()
+
+
 @pytest.mark.parametrize(("restart", "yields"), [("0", False), ("1", False), ("2", True)])
 def test_a_requeued_job_takes_over_from_itself(tmp_path, monkeypatch, restart, yields):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
