@@ -60,6 +60,8 @@ def program_facts(config: RunConfig, loss: Callable[..., Any], params: Any, exam
     facts["loss"] = _program_digest(loss, params, example, uses_key)
     facts |= {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
     facts["dpscale source"] = source_digest()
+    # Decides what augmentation and dropout draw, and no traced program shows it.
+    facts["jax_threefry_partitionable"] = bool(jax.config.values["jax_threefry_partitionable"])
     return json.loads(json.dumps(facts))
 
 

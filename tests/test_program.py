@@ -119,6 +119,22 @@ def test_what_changes_no_update_may_change_on_resume(section, values):
     assert differences(facts(product), facts(product, **{section: values})) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("jax_threefry_partitionable", False), ("jax_default_matmul_precision", "bfloat16")]
+)
+def test_a_setting_of_jax_that_changes_draws_or_products_is_seen(name, value):
+    def loss(params, example, key):
+        return jnp.dot(params["w"], example["x"]) * jax.random.normal(key)
+
+    before, old = facts(loss, uses_key=True), getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        assert differences(before, facts(loss, uses_key=True))
+    finally:
+        jax.config.update(name, old)
+    assert facts(loss, uses_key=True) == before
+
+
 def test_two_processes_agree():
     """Addresses and hash seeds differ between processes; the digest must not."""
     script = (
