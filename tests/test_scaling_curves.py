@@ -11,7 +11,7 @@ from scaling_records import planted, record
 from dpscale.scaling.curves import curves, law_text, table_lines
 from dpscale.scaling.fits import amdahl, centre, gustafson, resampled
 from dpscale.scaling.forecast import Asked, forecast
-from dpscale.scaling.plots import caveat_of_all, legend_names, scaling_figures, to_svg
+from dpscale.scaling.plots import caveat_of_all, legend_names, prediction_figures, scaling_figures, to_svg
 from dpscale.scaling.point import Setting
 from dpscale.scaling.prediction_text import prediction_lines
 from dpscale.scaling.sweep import collect
@@ -164,6 +164,16 @@ def test_sweeps_on_one_plot_are_told_apart_and_each_says_where_it_was_measured(t
         assert all(f"DP-SGD, {label}" in texts for label in ("old", "new", "other"))
         assert "Measured: old on slow, 2 cores; new on fast, 2 cores" in texts
         assert " 16 " in texts, "a count that only the other sweep has"
+
+
+def test_a_predicted_plot_with_measured_points_also_says_what_those_cannot_show(tmp_path):
+    planted(tmp_path, [1, 2], one_second, repeats=1)
+    predicted, measured = forecast(tmp_path, Asked(counts=(1, 2, 8), modes=("strong",), network="localhost"))
+    cannot = "CPU processes of one machine share memory and caches"
+    for beside, said in ((measured, True), (None, False)):
+        drawn = to_svg("predicted", prediction_figures(predicted, beside)["predicted-strong"])
+        texts = " ".join(re.findall(r"<!-- (.*?) -->", drawn, re.DOTALL))
+        assert (cannot in " ".join(texts.split())) is said
 
 
 def test_a_law_says_when_more_devices_were_slower(tmp_path):

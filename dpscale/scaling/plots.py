@@ -192,13 +192,11 @@ def _predicted(figure: Figure, found: Prediction, measured: Curves | None, mode:
     axes.set_ylabel("Efficiency (% of ideal)")
     axes.set_xlabel("Devices")
     _device_ticks(axes, sorted(counts))
-    axes.legend(fontsize=7.5, frameon=False, loc="lower left")
+    axes.legend(fontsize=7.5, frameon=False, loc="best")  # where curves fall fast, not below them
     basis = "from one device's measured times" if found.measured else "from ASSUMED single-device speed"
-    _caption(
-        figure,
-        f"Predicted {mode} scaling, {found.network}",
-        f"A prediction {basis}; nothing here was measured at scale.",
-    )
+    caveat = f" {measured.caveat}" if measured and measured.caveat else ""
+    text = f"A prediction {basis}; nothing here was measured at scale.{caveat}"
+    _caption(figure, f"Predicted {mode} scaling, {found.network}", text)
 
 
 def _measured_points(axes: Axes, measured: Curves | None, mode: Mode, counts: set[int]) -> None:
