@@ -29,7 +29,7 @@ class ReplicaCheck:
         mapped = jax.shard_map(
             _gather_checksums, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=P(), check_vma=False
         )
-        # Shardings are said, so that equal ones that come from different programs compile nothing again.
+        # Shardings are said, not taken from the arguments: a state comes from several programs.
         self._gather = jax.jit(mapped, in_shardings=(replicated(mesh), split(mesh)), out_shardings=replicated(mesh))
 
     def send(self, params: Any, draw: bytes) -> SentCheck:
