@@ -136,14 +136,16 @@ def test_a_caller_that_leaves_a_step_early_gets_the_next_one_whole():
                 next(iter(logical), None)
 
 
-def test_resident_data_give_the_same_examples():
+def test_resident_data_give_the_same_examples_and_the_host_reads_no_row(monkeypatch):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     resident, readable = load_resident(SOURCE, NamedSharding(mesh, PartitionSpec()))
     assert readable is None
     assert resident["features"].dtype == jnp.uint8
     assert resident["features"].sharding.is_fully_replicated
     fetch = jax.jit(gather)
-    hosts, residents = load([0, 1]), load([0, 1], resident=True)
+    hosts = load([0, 1])
+    monkeypatch.setattr(type(SOURCE), "rows", None)  # a call would fail
+    residents = load([0, 1], resident=True)
     assert len(hosts) == len(residents) == 12
     for (_, _, host), (_, _, other) in zip(hosts, residents, strict=True):
         for a, b in zip(host, other, strict=True):

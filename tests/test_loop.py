@@ -34,6 +34,17 @@ NOTHING = Statistics(0, 0, 0, 0, 0, 0, 0)
 # The order of events, with step functions that only write down that they were called
 
 
+class OnDevice:
+    """Statistics of a step that are still on the devices: reading them waits, and is written down."""
+
+    def __init__(self, events: list[tuple[str, int]], step: int, values: tuple[float, ...]) -> None:
+        self._events, self._step, self._values = events, step, values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self._events.append(("read", self._step))
+        return np.array(self._values, np.float32)
+
+
 class Played:
     """A loop over steps whose reductions are given: `reduced[step]`, nothing where a step is not named."""
 
@@ -64,7 +75,8 @@ class Played:
         self.events.append(("finalize", state.step))
         self.noise_keys.append(key)
         reduced = self._reduced.get(state.step, NOTHING)._replace(examples=float(state.step))
-        return TrainState(state.step + 1, None, None), sums, np.array(reduced[:RIDERS], np.float32)  # type: ignore[arg-type]
+        on_device = OnDevice(self.events, state.step, reduced[:RIDERS])
+        return TrainState(state.step + 1, None, None), sums, on_device  # type: ignore[arg-type]
 
     def _arrived(self, done: int, statistics: Statistics) -> None:
         self.events.append(("arrived", done))
@@ -74,7 +86,7 @@ class Played:
 @pytest.mark.parametrize("batches", [0, 1, 3])
 def test_each_step_is_charged_before_anything_of_it_is_dispatched_and_finalized_once(batches):
     played = Played(range(4, 9), {}, batches)
-    sent = [event for event in played.events if event[0] != "arrived"]
+    sent = [event for event in played.events if event[0] not in ("arrived", "read")]
     expected = [[("charge", t), *[("accumulate", t)] * batches, ("finalize", t)] for t in range(4, 9)]
     assert sent == [event for events in expected for event in events]
     assert [info.step for info in played.infos] == [5, 6, 7, 8, 9]
@@ -87,6 +99,10 @@ def test_the_loop_waits_for_the_step_two_before_and_for_no_later_one():
         here = events.index(("charge", step))
         arrived = [done for name, done in events[:here] if name == "arrived"]
         assert arrived == list(range(1, step))  # "done" counts this step: steps 0 .. step - 2
+    for step in range(STEPS_IN_FLIGHT, 6):
+        # Between one step and the next the host reads one result, of the step two before: the last sent one is queued.
+        between = events[events.index(("finalize", step - 1)) : events.index(("finalize", step))]
+        assert [event for event in between if event[0] == "read"] == [("read", step - STEPS_IN_FLIGHT)]
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 6, 7])

@@ -449,8 +449,9 @@ def floats_of(jaxpr) -> set[str]:
     return set(re.findall(r"\b(b?f(?:16|32|64))\[", str(jaxpr)))
 
 
-def test_sums_reduction_and_noise_are_float32_also_where_the_model_computes_in_bfloat16():
-    step = Step(devices=2, loss=bfloat16_loss, physical_batch_size=2)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_sums_reduction_and_noise_are_float32_also_where_the_model_computes_in_bfloat16(sharded):
+    step = Step(devices=2, loss=bfloat16_loss, physical_batch_size=2, sharded=sharded)
     state, sums = step.new_state(), step_on(2).functions.zero_sums()
     finalize = jax.make_jaxpr(step.jitted_finalize)(
         state, sums, requests_array(step.mesh, stop=False, save=False), key_words(KEY)
