@@ -27,7 +27,7 @@ from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.secret import RootSecret
 from dpscale.ranges import STEPS_AHEAD, Ranges
 from dpscale.replicas import ReplicaCheck
-from dpscale.state import TrainState
+from dpscale.state import RIDERS, TrainState
 from dpscale.step import StepFunctions
 
 PLANS = [
@@ -65,7 +65,7 @@ def looped(first: int, last: int, length: int, stop_at: int | None = None) -> li
     def finalize(state: Any, sums: Any, requests: Any, key: Any) -> Any:
         events.append(("send", state.step))
         reduced = NOTHING._replace(stop=float(state.step == stop_at))
-        return TrainState(state.step + 1, None, None), sums, np.array(reduced, np.float32)  # type: ignore[arg-type]
+        return TrainState(state.step + 1, None, None), sums, np.array(reduced[:RIDERS], np.float32)  # type: ignore[arg-type]
 
     functions: Any = StepFunctions(None, finalize, lambda: None)  # type: ignore[arg-type]
     state: Any = TrainState(first, None, None)  # type: ignore[arg-type]
