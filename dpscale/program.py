@@ -27,19 +27,9 @@ FREE = {
     "training": {"evaluate_every_steps", "evaluate_ema"},
 }
 PACKAGES = ("dpscale", "jax", "jaxlib", "flax", "optax", "numpy")
-# What draws, clips, sums, noises and updates; the code of model, loss and transforms is in the loss's own digest.
-STEP_SOURCES = ("batching", "chacha", "clipping", "data/loader", "data/resident", "data/users", "feed", "gradients")
-STEP_SOURCES += (
-    "loop",
-    "noise",
-    "optimizer",
-    "placement",
-    "privacy/secret",
-    "sampling",
-    "shard_update",
-    "state",
-    "step",
-)
+# What draws and what steps; the code of model, loss and transforms is in the loss's own digest.
+DRAW_SOURCES = ("batching", "data/loader", "data/resident", "data/users", "feed", "loop", "privacy/secret", "sampling")
+STEP_SOURCES = ("chacha", "clipping", "gradients", "noise", "optimizer", "placement", "shard_update", "state", "step")
 ROOT = Path(__file__).parent
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -71,7 +61,7 @@ def source_digest(root: Path = ROOT) -> str:
     An edited installation has the version that it had before.
     """
     hasher = hashlib.sha256()
-    for name in STEP_SOURCES:
+    for name in DRAW_SOURCES + STEP_SOURCES:
         files = [root / f"{name}.py"] if (root / f"{name}.py").exists() else sorted((root / name).glob("*.py"))
         for file in files:
             hasher.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())

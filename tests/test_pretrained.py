@@ -220,6 +220,17 @@ def test_a_release_and_an_orbax_checkpoint_are_read_by_their_leaf_names(tmp_path
             np.testing.assert_array_equal(leaf, named(filled)[name])
 
 
+def test_a_checkpoint_without_the_frozen_weights_asks_for_the_release(tmp_path):
+    _, params = empty("vit", 32, **VIT)
+    trained = as_tree({name: leaf for name, leaf in named(params).items() if name.startswith("head")})
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "7", args=ocp.args.StandardSave({"step": np.int32(7), "params": trained}))
+    with pytest.raises(
+        InputError, match=r"leaves of the model that the file lacks(?s:.*)the folder that dpscale release"
+    ):
+        load_pretrained(params, tmp_path / "7")
+
+
 def test_the_statement_names_the_file_and_its_digest_and_no_folder(tmp_path):
     path = write(tmp_path, "timm_vit")
     _, params = empty("vit", 32, **VIT)

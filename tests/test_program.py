@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpscale.config import config_from_dict
-from dpscale.program import ROOT, STEP_SOURCES, differences, digest, program_facts, source_digest
+from dpscale.program import DRAW_SOURCES, ROOT, STEP_SOURCES, differences, digest, program_facts, source_digest
 
 PARAMS = {"w": jnp.ones(3)}
 EXAMPLE = {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}
@@ -153,7 +153,7 @@ def test_an_installation_edited_in_place_is_seen_where_a_step_is_made(tmp_path):
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
     before = source_digest(copy)
     assert before == source_digest() == facts(product)["dpscale source"]
-    for name in STEP_SOURCES:
+    for name in DRAW_SOURCES + STEP_SOURCES:
         file = copy / f"{name}.py"
         file = file if file.exists() else copy / name / "__init__.py"
         text = file.read_bytes()

@@ -109,8 +109,9 @@ def _refuse(file: str, wrong: list[str], missing: list[str], left: list[str]) ->
         for names, what in parts
         if names
     ]
+    remedy = "Set model.name and its sizes (width, depth, patch_size, ..) to those of the file, or give another file"
+    if missing and not wrong and not left:
+        remedy += ". A run's checkpoint lacks the weights that were frozen: give the folder that dpscale release makes"
     raise InputError(
-        f"model.pretrained={file!r} holds weights of another architecture:\n  "
-        + "\n  ".join(said)
-        + "\nSet model.name and its sizes (width, depth, patch_size, ..) to those of the file, or give another file"
+        f"model.pretrained={file!r} holds weights of another architecture:\n  " + "\n  ".join([*said, remedy])
     )
