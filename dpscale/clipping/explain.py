@@ -5,7 +5,7 @@ from math import prod
 
 from dpscale.clipping.example import Problem
 from dpscale.clipping.layers import Layer
-from dpscale.clipping.split import Split, second_pass_is_a_gradient
+from dpscale.clipping.split import Split
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,13 @@ class Explanation:
 def explanation(parts: Split, problem: Problem) -> Explanation:
     """The costs of each layer for the problem's batch."""
     rows = problem.mask.shape[0]
-    kept = parts.method != "ghost" or second_pass_is_a_gradient(parts, problem)
-    return Explanation(parts.method, rows, [_cost(layer, rows, parts.method, kept) for layer in parts.layers])
+    return Explanation(parts.method, rows, [_cost(layer, rows, parts.method) for layer in parts.layers])
 
 
-def _cost(layer: Layer, rows: int, method: str, kept: bool) -> LayerCost:
-    """`kept`: a gradient without a product is written out and kept until it is summed."""
+def _cost(layer: Layer, rows: int, method: str) -> LayerCost:
     if not layer.rules:
         size = prod(layer.shape)
-        held = 4 * rows * size if kept else 0
+        held = 0 if method == "ghost" else 4 * rows * size
         return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), 2 * rows * size, 0, held)
     macs = sgd = held = 0
     for rule in layer.rules:

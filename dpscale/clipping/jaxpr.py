@@ -86,24 +86,6 @@ def trace(fun: Callable[..., Any], *args: Any) -> Program:
     return _convert(closed.jaxpr, closed.consts)
 
 
-def has_own_backward_pass(fun: Callable[..., Any], *args: Any) -> bool:
-    """Whether fun uses jax.custom_vjp anywhere: its backward pass need not be linear in the cotangent."""
-
-    def inside(jaxpr: Any) -> bool:
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name.startswith("custom_vjp_call"):
-                return True
-            parts = [
-                x for value in eqn.params.values() for x in (value if isinstance(value, (tuple, list)) else [value])
-            ]
-            bodies = [getattr(x, "jaxpr", x) for x in parts]
-            if any(hasattr(body, "eqns") and inside(body) for body in bodies):
-                return True
-        return False
-
-    return inside(jax.make_jaxpr(fun)(*args).jaxpr)
-
-
 def _convert(jaxpr: Any, consts: Sequence[Any]) -> Program:
     names: dict[Any, Operand] = {var: Constant(const) for var, const in zip(jaxpr.constvars, consts, strict=True)}
     inputs = [_new_name(var) for var in jaxpr.invars]

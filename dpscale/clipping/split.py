@@ -5,15 +5,14 @@
 3. vmap the shortened program over the batch: nothing of size batch x parameters appears.
 4. Norms of each layer from the operands; clip factors from their sum.
 5. Book-keeping: the clipped sum of each layer from the same operands, one product over the whole batch.
-   Ghost: a second, ordinary backward pass of sum_i factor_i * loss_i, which keeps no operands.
+   Ghost: the same pass again, once the factors are known; nothing is kept between the two.
 
 Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, ghost clipping), Bu et al. 2022
 (arXiv 2210.00038, book-keeping and the mixed choice).
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,14 +30,12 @@ from dpscale.clipping.example import (
     sum_dtype,
 )
 from dpscale.clipping.hold import held
+from dpscale.clipping.inside import Inside, RowWeights, taken_inside
 from dpscale.clipping.jaxpr import (
     Constant,
-    Equation,
-    Name,
     Operand,
     Program,
     expose,
-    has_own_backward_pass,
     moving_names,
     passing,
     run,
@@ -51,18 +48,17 @@ from dpscale.clipping.layers import (
     layer_for,
     measure,
     measure_in_slices,
-    rule_for,
     sum_factors,
     sum_written_out,
 )
-from dpscale.clipping.norms import Squares, over_parts, square_sum, uses_tf32
+from dpscale.clipping.norms import Squares, over_parts, square_sum
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used.
 
-    `inside[j]` names the squared norms (estimate, upper bound) that the body of layer j's scan computes by itself.
+    `inside[j]` is what the body of layer j's scan computes by itself; `weights` is what its sum reads.
     """
 
     program: Program
@@ -70,33 +66,8 @@ class Split:
     layers: list[Layer]
     num_aux: int
     aux_tree: Any
-    inside: dict[int, tuple[Name, Name]] = field(default_factory=dict)
-
-
-def second_pass_is_a_gradient(parts: Split, problem: Problem) -> bool:
-    """Whether ghost mode's second pass is an ordinary one: for scans, unless it would not sum what the norms are of.
-
-    That is so where it would round sums to less than float32 (products that a GPU rounds to TF32 count as such: set
-    jax_default_matmul_precision to "float32" to have it), and behind a custom backward pass, which may not be linear (a
-    gradient clipped inside the model): of factor_i times a cotangent it need not make factor_i times as much.
-    """
-    if not any(rule.product.frames for layer in parts.layers for rule in layer.rules):
-        return False
-    kinds = {x.dtype for equation in walk(parts.program) for x in equation.outputs}
-    coarse = uses_tf32() or any(jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 4 for kind in kinds)
-    return not coarse and not _has_own_backward_pass(problem)
-
-
-def _has_own_backward_pass(problem: Problem) -> bool:
-    """Traces the loss once more: a custom backward pass leaves no mark in the program of a gradient."""
-    found: list[bool] = []
-
-    def example(row):
-        found.append(has_own_backward_pass(problem.loss, problem.leaves, row))
-        return jnp.zeros(())
-
-    jax.vmap(example)(problem.rows)
-    return found[0]
+    inside: dict[int, Inside]
+    weights: RowWeights
 
 
 def split_backward(problem: Problem, method: str) -> Split:
@@ -128,52 +99,39 @@ def split_backward(problem: Problem, method: str) -> Split:
         found = cut(program, gradient, moving, program.inputs[:count])
         layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
     layers = choose_routes(layers, refold=method == "ghost")
-    inside = {j: names for j, x in enumerate(layers) if method == "ghost" and (names := _norms_inside_scan(x))}
-    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside)
-
-
-def _norms_inside_scan(layer: Layer) -> tuple[Name, Name] | None:
-    """For a stack of layers in ghost mode: adds the norm of one layer to the scan's body.
-
-    The operands of all layers would otherwise be stacked, which a scan with jax.checkpoint is there to avoid.
-    """
-    if len(layer.rules) != 1 or layer.tail is not None:
-        return None
-    product = layer.rules[0].product
-    if not product.frames or any(frame.summed for frame in product.frames):
-        return None
-    rule = rule_for(replace(product, frames=()), product.frames[-1].scan.body)
-    if rule is None:
-        return None
-    one = replace(layer, rules=(rule,), shape=layer.shape[len(product.frames) :])
-    dtype = sum_dtype(product.equation.outputs[0].dtype)
-    names = Name((), dtype), Name((), dtype)
-
-    def apply(a, g):
-        return [x[0] for x in measure(one, [product.scaled(a[None], g[None])], True)[0]]
-
-    equation = Equation("squared norms", list(rule.operands), list(names), {}, apply)
-    product.frames[-1].scan.body.equations.append(equation)
-    return names
+    weights, inside = RowWeights([]), {}
+    for j, layer in enumerate(layers):
+        found = taken_inside(layer, problem.groups[j], weights, problem.mask) if method == "ghost" else None
+        if found is not None:
+            inside[j] = found
+    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside, weights)
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """The shortened program's values over the batch: for each layer its operands, gradients [B, ...] or squares."""
+    """The shortened program's values over the batch.
+
+    For each layer: its operands, its gradients [B, ...], or what its scan made of them: the squares, in a second pass
+    the clipped sum.
+    """
 
     losses: jax.Array
     aux: Any
     values: list[Any]
 
 
-def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
-    """Runs the shortened program under vmap. Operands come with their scan axes first, then B."""
+def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | None = None) -> Evaluated:
+    """Runs the shortened program under vmap. Operands come with their scan axes first, then B.
+
+    `factors`: f[B] of each clip group, for the second pass, in which every row counts.
+    """
     program, count = parts.program, len(problem.leaves)
     heads = list(program.outputs[: 1 + parts.num_aux])
     asked: list[tuple[Operand, tuple[Frame, ...]]] = [(x, ()) for x in heads]
     for j, (layer, gradient) in enumerate(zip(parts.layers, program.outputs[-count:], strict=True)):
         if j in parts.inside:
-            asked += [(x, layer.rules[0].product.frames) for x in parts.inside[j]]
+            own = parts.inside[j].squares if factors is None else [parts.inside[j].total]
+            asked += [(x, layer.rules[0].product.frames) for x in own]
         elif layer.rules:
             asked += [(x, rule.product.frames) for rule in layer.rules for x in rule.operands]
         else:
@@ -182,18 +140,25 @@ def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
     rules = [rule for layer in parts.layers for rule in layer.rules]
     operands = {_outermost(x, rule.product.frames) for rule in rules for x in rule.operands}
     short = passing(short, operands, lambda x: held(x, problem.mask))
-    depths = tuple(len(frames) if not isinstance(x, Constant) else 0 for x, frames in asked)
-    rows = jax.tree.leaves(problem.rows)
-    results = jax.vmap(lambda *row: tuple(run(short, *problem.leaves, *row)), out_axes=depths)(*rows)
+    sums = {x.total for x in parts.inside.values()}
+    depths = tuple(None if x in sums else len(frames) if not isinstance(x, Constant) else 0 for x, frames in asked)
+
+    def one(row, factors):
+        parts.weights.factors, parts.weights.good = factors, jnp.ones((), bool)
+        return tuple(run(short, *problem.leaves, *row))
+
+    results = jax.vmap(one, out_axes=depths)(jax.tree.leaves(problem.rows), factors)
     results = [_stacked(x, *at) for x, at in zip(results, asked, strict=True)]
     values: list[Any] = []
     rest = iter(results[len(heads) :])
     for j, layer in enumerate(parts.layers):
-        if j in parts.inside:
+        if j in parts.inside and factors is not None:
+            values.append(layer.rules[0].product.finish(next(rest)))
+        elif j in parts.inside:
             values.append(Squares(over_parts(next(rest)), over_parts(next(rest))))
-            continue
-        pairs = [rule.product.scaled(next(rest), next(rest)) for rule in layer.rules]
-        values.append(pairs if layer.rules else next(rest))
+        else:
+            pairs = [rule.product.scaled(next(rest), next(rest)) for rule in layer.rules]
+            values.append(pairs if layer.rules else next(rest))
     return Evaluated(results[0], parts.aux_tree.unflatten(results[1 : len(heads)]), values)
 
 
@@ -285,7 +250,9 @@ def sum_rows(parts: Split, problem: Problem, found: Measured, values: list[Any])
     sums: list[Any] = []
     for j, layer in enumerate(parts.layers):
         factor = found.factors[problem.groups[j]]
-        if j in each:
+        if j in parts.inside:
+            sums.append(values[j])
+        elif j in each:
             sums.append(sum_written_out(layer, each[j], factor, found.good))
         else:
             sums.append(sum_factors(layer, values[j], factor, found.good))
@@ -306,21 +273,32 @@ def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
 
 
 def ghost(problem: Problem, parts: Split) -> ClippedSum:
-    """Two backward passes, norms first; nothing is kept between them but the factors.
+    """Two passes, norms first; nothing is kept between them but the factors.
 
-    The second one makes every row's operands again, from the same cotangents, and sums those. A row that does not
-    count is replaced by a good one: its own values could be NaN, and NaN * 0 is NaN. Scans would have to stack the
-    operands of all their rounds; there the second pass is the gradient of sum_i factor_i * loss_i.
+    The second one makes every row's operands again, from the same cotangents, and sums those. (A gradient of sum_i
+    factor_i * loss_i would round other cotangents than the norms were taken of.) A row that does not count is replaced
+    by a good one: its own values could be NaN, and NaN * 0 is NaN.
     """
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=True)
     again = replace(problem, rows=replace_rows(found.good, problem.rows))
     factors = [jnp.where(found.good, factor, 0) for factor in found.factors]
-    if second_pass_is_a_gradient(parts, problem):
-        sums = _sum_by_gradient(again, parts, found, factors)
+    if any(rule.product.frames for layer in parts.layers for rule in layer.rules):
+        sums = _where_any(found.good, lambda: _sum_again(again, parts, found, factors))
     else:
-        sums = _sum_again(again, parts, found, factors)
+        sums = [jnp.where(jnp.any(found.good), x, 0) for x in _sum_again(again, parts, found, factors)]
     return _result(problem, rows, found, sums)
+
+
+def _sum_again(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> list[jax.Array]:
+    """The clipped sums from operands made again. No row is bad any more, so nothing is selected away.
+
+    The barrier keeps the compiler from holding the first pass's operands instead of making them again.
+    """
+    rows, factors = jax.lax.optimization_barrier((again.rows, factors))
+    everything = replace(found, factors=factors, good=jnp.ones_like(found.good), each=[None] * len(found.each))
+    again = replace(again, rows=rows)
+    return sum_rows(parts, again, everything, evaluate_rows(parts, again, factors).values)
 
 
 def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax.Array]:
@@ -336,50 +314,6 @@ def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax
         return [jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in jax.eval_shape(sums)]
 
     return jax.lax.cond(jnp.any(good), sums, nothing)
-
-
-def _sum_again(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> list[jax.Array]:
-    """The clipped sums from operands made again. No row is bad any more, so nothing is selected away.
-
-    The barrier keeps the compiler from holding the first pass's operands instead of making them again.
-    """
-    rows, factors = jax.lax.optimization_barrier((again.rows, factors))
-    everything = replace(found, factors=factors, good=jnp.ones_like(found.good), each=[None] * len(found.each))
-    values = evaluate_rows(replace(parts, inside={}), replace(again, rows=rows)).values
-    sums = sum_rows(parts, again, everything, values)
-    return [jnp.where(jnp.any(found.good), x, 0) for x in sums]  # without a good row nothing replaced the bad ones
-
-
-def _sum_by_gradient(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> list[Any]:
-    """The clipped sums by a second, ordinary backward pass for each clip group.
-
-    What was written out is summed as it is: nothing bounds how much another pass would round where such a gradient
-    cancels.
-    """
-    sums: list[Any] = [None] * len(parts.layers)
-    for group, factor in enumerate(factors):
-        places = [j for j, own in enumerate(again.groups) if own == group]
-        for j in places:
-            if (each := found.each[j]) is not None:
-                sums[j] = sum_written_out(parts.layers[j], each, found.factors[group], found.good)
-        rest = [j for j in places if found.each[j] is None]
-        take = functools.partial(_weighted_gradient, again, factor, rest)
-        for j, grad in zip(rest, _where_any(found.good, take) if rest else [], strict=True):
-            sums[j] = grad
-    return sums
-
-
-def _weighted_gradient(problem: Problem, factor: jax.Array, places: Sequence[int]) -> list[jax.Array]:
-    def weighted(chosen):
-        leaves = list(problem.leaves)
-        for j, leaf in zip(places, chosen, strict=True):
-            leaves[j] = leaf.astype(problem.leaves[j].dtype)
-        losses = jax.vmap(lambda row: problem.loss(leaves, row)[0])(problem.rows)
-        losses = losses.astype(sum_dtype(losses.dtype))
-        return jnp.sum(losses * factor.astype(losses.dtype))
-
-    wide = [problem.leaves[j].astype(sum_dtype(problem.leaves[j].dtype)) for j in places]
-    return jax.grad(weighted)(wide)
 
 
 def _result(problem: Problem, rows: Evaluated, found: Measured, sums: list[jax.Array]) -> ClippedSum:
