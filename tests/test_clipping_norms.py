@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpscale.clipping import ROUNDING_SLACK, clipped_grad, layers, split
+from dpscale.clipping import ROUNDING_SLACK, Normalized, clipped_grad, layers, split
 from dpscale.clipping.hold import held
+from dpscale.errors import InputError
 
 POSITIONS, INPUTS, OUTPUTS = 64, 96, 96
 TRIALS = 40
@@ -173,6 +174,81 @@ def test_where_gradients_of_a_stack_in_a_scan_are_rounding_the_norm_is_of_what_i
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(out.grad_sum)]
         size = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))
         assert 0.9 <= size <= 1 + ROUNDING_SLACK
+
+
+@pytest.mark.parametrize("positions", [1, 2, 40])
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_what_is_flushed_to_zero_beside_huge_cotangents_is_in_the_norm(method, positions):
+    """Squares of inputs below 1e-19 are zero in float32; their products with huge cotangents are not."""
+
+    def loss(w, example):
+        return jnp.sum((example[0] @ w) * example[1])
+
+    a = jnp.full((2, positions, 64), 3e-20 / 8)
+    g = jnp.full((2, positions, 64), 1e18 / 8)
+    out = jax.jit(clipped_grad(loss, 1e-3, method))(jnp.zeros((64, 64)), (a, g), jnp.asarray([True, False]))
+    assert np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= 1e-3 * (1 + ROUNDING_SLACK)
+
+
+def test_convolutions_and_scans_bound_what_is_flushed_too():
+    def convolved(w, example):
+        x, g = example
+        y = jax.lax.conv_general_dilated(x[None], w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(y * g)
+
+    def stacked(w, example):
+        x, g = example
+        step = jax.checkpoint(lambda h, layer: (h + h @ layer, None))
+        return jnp.sum(jax.lax.scan(step, x, w)[0] * g)
+
+    x, one = jnp.full((1, 12, 12, 8), 3e-20 / 8), jnp.ones(1, bool)
+    for loss, w in ((convolved, jnp.zeros((3, 3, 8, 8))), (stacked, jnp.zeros((2, 8, 8)))):
+        out = jax.jit(clipped_grad(loss, 1e-3, "ghost"))(w, (x, jnp.full_like(x, 1e18 / 8)), one)
+        assert np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= 1e-3 * (1 + ROUNDING_SLACK)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.3])
+def test_float16_factors_do_not_fall_among_its_few_smallest_numbers(method, share):
+    def loss(w, x):
+        return jnp.sum((x.astype(jnp.float16) @ w.astype(jnp.float16)).astype(jnp.float32)) * 3e4
+
+    w, x, mask = jnp.zeros((8, 8)), jnp.full((2, 1, 8), 1.2e-7), jnp.asarray([True, False])
+    norm = float(jax.jit(clipped_grad(loss, np.inf, "materialize"))(w, x, mask).norms[0])
+    out = jax.jit(clipped_grad(loss, share * norm, method))(w, x, mask)
+    size = np.linalg.norm(np.asarray(out.grad_sum, np.float64))
+    assert 0.9 * share * norm <= size <= share * norm * (1 + ROUNDING_SLACK)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost", "auto"])
+def test_an_input_whose_square_overflows_spoils_nobody_elses_sum(method, checkpointed):
+    def loss(w, x):
+        block = lambda x: jnp.tanh(x @ w)  # noqa: E731
+        return jnp.sum((jax.checkpoint(block) if checkpointed else block)(x))
+
+    w = jax.random.normal(jax.random.key(0), (8, 8))
+    x = jax.random.normal(jax.random.key(1), (4, 40, 8))
+    clipped = jax.jit(clipped_grad(loss, 1.0, method))
+    out = clipped(w, x.at[2].set(1e20), jnp.ones(4, bool))  # its tanh is flat: the gradient is zero
+    without = clipped(w, x, jnp.arange(4) != 2)
+    np.testing.assert_array_equal(out.grad_sum, without.grad_sum)
+    assert np.linalg.norm(out.grad_sum) > 0.1
+
+
+def test_keys_whose_draws_depend_on_other_rows_are_refused():
+    def loss(w, x, key):
+        return jnp.sum(w * x * jax.random.bernoulli(key, 0.5, x.shape))
+
+    for impl in ("rbg", "unsafe_rbg"):
+        keys = jax.random.split(jax.random.key(0, impl=impl), 3)
+        with pytest.raises(InputError, match="first row's key"):
+            clipped_grad(loss)(jnp.ones(2), jnp.ones((3, 2)), jnp.ones(3, bool), keys)
+
+
+def test_normalised_factors_beyond_float32_are_refused():
+    with pytest.raises(InputError, match="larger gamma"):
+        Normalized(1e25, 1e-20)
 
 
 def test_values_are_held_by_the_means_that_each_compiler_respects():

@@ -152,6 +152,11 @@ class Normalized:
             raise InputError(
                 f"Normalized(clip_norm={self.clip_norm}, gamma={self.gamma}): both must be finite and gamma > 0"
             )
+        if self.clip_norm / self.gamma > float(np.finfo(np.float32).max):
+            raise InputError(
+                f"Normalized(clip_norm={self.clip_norm}, gamma={self.gamma}): factors reach clip_norm / gamma, which "
+                "must be a float32 number: choose a larger gamma"
+            )
 
     @property
     def max_norm(self) -> float:

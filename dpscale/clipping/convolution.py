@@ -21,7 +21,7 @@ import numpy as np
 from dpscale.clipping.cut import Product
 from dpscale.clipping.dense import Sizes, scaled_rows
 from dpscale.clipping.jaxpr import Equation, Operand
-from dpscale.clipping.norms import contract, gram, square_sum, widened
+from dpscale.clipping.norms import contract, gram, hidden, square_sum, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,8 @@ class Convolution:
         a, g = self.sides(a, g)
         squares_a, squares_g = square_sum(a, 1)[..., None], _flat_positions(square_sum(g, 1)[..., None])
         patches = [_flat_positions(self._patch(squares_a, g, start)) for start in self._starts()]
-        spread = jnp.sum(jnp.sqrt(functools.reduce(jnp.add, patches) * squares_g), axis=(1, 3))
+        squares_a = functools.reduce(jnp.add, patches) + hidden(self.sizes.width_a)
+        spread = jnp.sum(jnp.sqrt(squares_a * (squares_g + hidden(self.sizes.width_g))), axis=(1, 3))
         spread = spread.reshape(-1, g.shape[0] // prod(self.product.stacked), self.groups)
         return jnp.moveaxis(spread, -1, 1).reshape(-1, spread.shape[1])
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dpscale.clipping.cut import Product
 from dpscale.clipping.example import sum_dtype
 from dpscale.clipping.jaxpr import Operand
-from dpscale.clipping.norms import contract, gram, over_parts, row_norms, square_sum
+from dpscale.clipping.norms import contract, gram, hidden, over_parts, row_norms, square_sum
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class Dense:
         left, right = self.sides(a, g)
         return jnp.sum(row_norms(left) * row_norms(right), axis=-1)
 
-    def outer_squares(self, a: jax.Array, g: jax.Array) -> jax.Array:
-        """|e|^2 f[B] where there is one position."""
-        left, right = self.sides(a, g)
-        return over_parts(square_sum(left, 2) * square_sum(right, 2))
+    def outer_squares(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """|e|^2 f[B] where there is one position: the estimate, and an upper bound."""
+        squares = [square_sum(x, 2) for x in self.sides(a, g)]
+        most = [x + hidden(n) for x, n in zip(squares, (self.sizes.width_a, self.sizes.width_g), strict=True)]
+        return over_parts(squares[0] * squares[1]), over_parts(most[0] * most[1])
 
     def written_out(self, a: jax.Array, g: jax.Array) -> jax.Array:
         """Every example's gradient, [N, B, D, P]."""
@@ -116,9 +117,13 @@ def as_matrix(
 
 
 def scaled_rows(x: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-    """x times factor in at least float32, rounded once to x's own precision; zero where not good."""
+    """x times factor in at least float32, rounded once to x's own precision; zero where not good.
+
+    Not to float16, whose smallest numbers are so large that scaling would round to a few bits: that stays float32.
+    """
     wide = x.astype(sum_dtype(x.dtype))
-    return jnp.where(good, wide * factor.astype(wide.dtype), 0).astype(x.dtype)
+    kept = x.dtype if jnp.finfo(x.dtype).tiny < 1e-30 else wide.dtype
+    return jnp.where(good, wide * factor.astype(wide.dtype), 0).astype(kept)
 
 
 Axis = tuple[str, int, int]

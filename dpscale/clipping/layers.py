@@ -172,11 +172,12 @@ def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax
     error = delta(sum(rule.sizes.positions for rule in layer.rules), low, uses_tf32())
     if layer.route == "ghost":
         tables = rule.tables(*pair) if len(pairs) == 1 else _shared_tables(layer.rules, pairs)
-        return from_tables(*tables, kappa(rule.sizes.width_a, rule.sizes.width_g, low), error), None
+        widths = rule.sizes.width_a, rule.sizes.width_g
+        return from_tables(*tables, widths, kappa(*widths, low), error), None
     if layer.route == "outer":
         assert isinstance(rule, Dense)
-        square = rule.outer_squares(*pair)
-        return Squares(square, square * (1 + 2 * error) ** 2), None
+        square, most = rule.outer_squares(*pair)
+        return Squares(square, most * (1 + 2 * error) ** 2), None
     each = written_out(layer, pairs)
     axis = batch_axis(layer)
     square = over_parts(square_sum(each, each.ndim - axis - 1))

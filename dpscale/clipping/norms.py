@@ -13,7 +13,10 @@ Let u be the unit roundoff of the sums and S = sum_t |a_t||g_t|.
 * The contribution c e is itself computed from the factors, in a sum over t that errs by at most delta = (T + 2) u S
   (plus one rounding of g c to the factors' own precision). The clip factor is taken from n + 2 delta, so that the
   contribution is at most C even where e cancels to nothing.
-Where the example's gradient is written out and that very array is scaled and summed, neither term is needed.
+* A product below the smallest normal number may be flushed to zero, so a dot product of length n hides up to n TINY. A
+  tiny a may meet a huge g: so |a_t|^2 counts as D TINY more, |g_t|^2 as P TINY more, and the tables' product as
+  D TINY (sum_t |g_t|)^2 + P TINY (sum_t |a_t|)^2 more.
+Where the example's gradient is written out and that very array is scaled and summed, none of these is needed.
 """
 
 import functools
@@ -27,6 +30,7 @@ from dpscale.clipping.example import sum_dtype
 
 BLOCK = 1024
 TREE_DEPTH = 64
+TINY = float(np.finfo(np.float32).tiny)
 
 
 class Squares(NamedTuple):
@@ -95,8 +99,13 @@ def widened(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
 
 
 def row_norms(x: jax.Array) -> jax.Array:
-    """[..., D] -> [...], Euclidean norms in at least float32."""
-    return jnp.sqrt(square_sum(x, 1))
+    """[..., D] -> [...], upper bounds of the Euclidean norms, in at least float32."""
+    return jnp.sqrt(square_sum(x, 1) + hidden(x.shape[-1]))
+
+
+def hidden(length: int) -> float:
+    """What flushing may hide in a dot product of this length."""
+    return length * TINY
 
 
 def square_sum(x: jax.Array, axes: int) -> jax.Array:
@@ -105,12 +114,18 @@ def square_sum(x: jax.Array, axes: int) -> jax.Array:
     return jnp.sum(wide * wide, axis=tuple(range(x.ndim - axes, x.ndim)))
 
 
-def from_tables(table_a: jax.Array, table_g: jax.Array, kappa: float, delta: float) -> Squares:
-    """The ghost norm from two tables [..., B, T, T]; leading axes are independent parts of one gradient."""
+def from_tables(table_a: jax.Array, table_g: jax.Array, widths: tuple[int, int], kappa: float, delta: float) -> Squares:
+    """The ghost norm from two tables [..., B, T, T]; leading axes are independent parts of one gradient.
+
+    `widths`: how long the dot products in each of them are.
+    """
     ghost = jnp.maximum(jnp.sum(table_a * table_g, axis=(-1, -2)), 0)
-    diagonal = _diagonal(table_a) * _diagonal(table_g)
-    spread = jnp.sum(jnp.sqrt(jnp.maximum(diagonal, 0)), axis=-1)
-    upper = jnp.square(jnp.sqrt(ghost + kappa * jnp.square(spread)) + 2 * delta * spread)
+    flushed_a, flushed_g = map(hidden, widths)
+    norms_a = jnp.sqrt(jnp.maximum(_diagonal(table_a), 0) + flushed_a)
+    norms_g = jnp.sqrt(jnp.maximum(_diagonal(table_g), 0) + flushed_g)
+    spread = jnp.sum(norms_a * norms_g, axis=-1)
+    flushed = flushed_a * jnp.square(jnp.sum(norms_g, axis=-1)) + flushed_g * jnp.square(jnp.sum(norms_a, axis=-1))
+    upper = jnp.square(jnp.sqrt(ghost + kappa * jnp.square(spread) + flushed) + 2 * delta * spread)
     return Squares(over_parts(ghost), over_parts(upper))
 
 

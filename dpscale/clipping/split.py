@@ -225,7 +225,7 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
     estimates = [x.estimate for x in squares]
     norms, factors = clip_factors(problem, estimates, [x.upper for x in squares])
     by_group = group_norms(problem, estimates)
-    finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms)
+    finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms) & jnp.all(jnp.isfinite(jnp.stack(factors)), axis=0)
     good, factors = held((finite & problem.mask, factors), problem.mask)  # or each sum makes its own
     return Measured(norms, factors, finite | ~problem.mask, good, each, by_group)
 
