@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from dpscale.loop import STEPS_IN_FLIGHT
 from dpscale.replicas import SentCheck
 
-# A range's check is sent this many steps before the range. Before a step, the loop has read the results of the step
-# STEPS_IN_FLIGHT earlier; that one was sent after the check, whose result is therefore there. Two more are for its copy
-# to the host.
-STEPS_AHEAD = STEPS_IN_FLIGHT + 2
+# A process that sends a step has read the results of the step STEPS_IN_FLIGHT earlier, in which process 0 took part. So
+# a range that process 0 opens before it sends that earlier step is open before any process begins it.
+OPENED_AHEAD = STEPS_IN_FLIGHT
+# By then process 0 has read the results of the step another STEPS_IN_FLIGHT earlier: a check that was sent before that
+# one is there.
+STEPS_AHEAD = OPENED_AHEAD + STEPS_IN_FLIGHT
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Ranges:
     length: int
     _sent: dict[int, tuple[int, SentCheck]] = field(default_factory=dict, init=False, repr=False)
 
-    def before(self, step: int, send: Callable[[int], SentCheck]) -> Opening | None:
-        """Send the checks that are due before `step`; what opens the range that begins with it, None inside a range.
+    def before(self, step: int, send: Callable[[int], SentCheck]) -> list[Opening]:
+        """Send the checks that are due before `step`; the ranges to open before it is sent, none of them late.
 
         Call it for every step in order, before anything of the step is sent. Waits only before the first step, when the
         devices have nothing else to do.
@@ -59,10 +61,11 @@ class Ranges:
                 # them; several at once, of which none needs another, could meet in another order on each process.
                 check.agreed()
             self._sent[start] = (step, check)
-        if step not in self._sent:
-            return None
-        state_step, check = self._sent.pop(step)
-        return Opening(step, self.end(step), state_step, check.agreed())
+        opened = []
+        for start in [start for start in self._sent if start <= step + OPENED_AHEAD]:
+            state_step, check = self._sent.pop(start)
+            opened.append(Opening(start, self.end(start), state_step, check.agreed()))
+        return opened
 
     def due(self, step: int) -> list[int]:
         """First steps of the ranges whose check is sent before `step`; at the very first step, of all that are near."""

@@ -422,21 +422,20 @@ class _Run:
         return self._epsilon(step)
 
     def _charge(self, step: int) -> None:
-        """Before the first dispatch of a range: all processes agree on it, and it is in the ledger.
+        """Open what begins with this step or soon after: all processes agree on it, and it is in the ledger.
 
-        No process can finish a step of the range before process 0 takes part in its reduction, which is after this.
+        No process can begin a range before process 0 has opened it: it needs the results of a step that process 0 sends
+        after this (`ranges.OPENED_AHEAD`).
         """
-        opening = self.ranges.before(step, self._send_check)
-        if opening is None:
-            return
-        self.range_end = opening.end
-        if self.ledger is not None and self.lease is not None:
-            self.lease.check()
-            facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
-            digest = self.briefing.secret.mac("fingerprint", b"state before the range/" + opening.checksum)
-            facts |= {"state": digest, "state_step": opening.state_step}
-            self.ledger.open_range(self.briefing.attempt, step, self.range_end, facts)
-            self.metrics.status("running", step, self._epsilon(self.range_end))
+        for opening in self.ranges.before(step, self._send_check):
+            self.range_end = opening.end
+            if self.ledger is not None and self.lease is not None:
+                self.lease.check()
+                facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
+                digest = self.briefing.secret.mac("fingerprint", b"state before the range/" + opening.checksum)
+                facts |= {"state": digest, "state_step": opening.state_step}
+                self.ledger.open_range(self.briefing.attempt, opening.start, opening.end, facts)
+                self.metrics.status("running", step, self._epsilon(opening.end))
 
     def _send_check(self, start: int) -> SentCheck:
         """Of the state that the next step starts from, and of the draw that the range's first step will use."""

@@ -25,7 +25,7 @@ from dpscale.loop import STEPS_IN_FLIGHT, training_steps
 from dpscale.mesh import data_mesh, place_replicated
 from dpscale.privacy.ledger import Ledger
 from dpscale.privacy.secret import RootSecret
-from dpscale.ranges import STEPS_AHEAD, Ranges
+from dpscale.ranges import OPENED_AHEAD, STEPS_AHEAD, Ranges
 from dpscale.replicas import ReplicaCheck
 from dpscale.state import RIDERS, TrainState
 from dpscale.step import StepFunctions
@@ -57,9 +57,8 @@ def looped(first: int, last: int, length: int, stop_at: int | None = None) -> li
         return Sent(events, start)
 
     def charge(step: int) -> None:
-        opening = ranges.before(step, send)
-        if opening is not None:
-            assert (opening.start, opening.state_step) == (step, max(first, step - STEPS_AHEAD))
+        for opening in ranges.before(step, send):
+            assert opening.state_step == max(first, opening.start - STEPS_AHEAD)
             events.append(("open to", opening.end))
 
     def finalize(state: Any, sums: Any, requests: Any, key: Any) -> Any:
@@ -98,6 +97,9 @@ def test_every_step_is_in_a_range_that_was_agreed_on_and_opened_before_it_was_se
             charged_to = step
         elif name == "send":
             assert step < charged_to, "sent before it was charged"
+            # Who sends a step has the results of the step that was sent so much earlier, and of nothing later.
+            soon = min(step + STEPS_IN_FLIGHT, last - 1)
+            assert soon < charged_to, "another process may send a step before process 0 has charged it"
     assert charged_to == last
     starts = [step for name, step in events if name == "check"]
     assert starts == sorted(set(starts)), "not one check a range, in order"
@@ -113,7 +115,7 @@ def test_no_check_that_is_read_can_keep_the_devices_waiting(first, last, length)
             sent = events.index(("check", start))
             after_it = [step for what, step in events[sent:place] if what == "send"]
             results = [step for what, step in events[:place] if what == "results"]
-            assert after_it == list(range(max(first, start - STEPS_AHEAD), start))
+            assert after_it == list(range(max(first, start - STEPS_AHEAD), start - OPENED_AHEAD))
             assert set(after_it) - set(results), "no step is queued while it is read"
             if sent > begun:
                 assert after_it[0] in results, "what is read may not be there yet"
@@ -122,16 +124,16 @@ def test_no_check_that_is_read_can_keep_the_devices_waiting(first, last, length)
 
 
 def test_a_check_is_sent_further_ahead_than_the_loop_lags():
-    assert STEPS_AHEAD > STEPS_IN_FLIGHT
+    assert STEPS_AHEAD > OPENED_AHEAD >= STEPS_IN_FLIGHT
 
 
 @pytest.mark.parametrize("stop_at", range(14))
-def test_a_stop_near_the_end_of_a_range_opens_nothing_that_is_not_sent(stop_at):
+def test_a_stop_near_the_end_of_a_range_opens_nothing_that_no_process_may_have_begun(stop_at):
     events = looped(0, 20, 10, stop_at)
     sent = [step for name, step in events if name == "send"]
     opened = [step for name, step in events if name == "open to"]
     assert sent == list(range(stop_at + STEPS_IN_FLIGHT))
-    assert opened == ([10] if len(sent) <= 10 else [10, 20])
+    assert opened == ([10] if len(sent) <= 10 - OPENED_AHEAD else [10, 20])
 
 
 # Whole runs, on eight virtual devices

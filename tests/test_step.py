@@ -317,7 +317,7 @@ def test_padding_and_bad_rows_leave_the_same_bits_as_rows_that_are_not_there(dev
         same_bits(poisoned, left_out)
         assert statistics.examples == 11
         assert statistics.nonfinite == 2
-        assert np.isfinite(statistics).all()
+        assert np.isfinite([*statistics[:RIDERS], *statistics.groups]).all()
 
 
 def place_masked(step: Step, features, labels, keep):

@@ -43,6 +43,7 @@ CONFIG = RunConfig.model_validate(
 )
 SECRET = RootSecret.from_insecure_seed(3)
 DATA = (np.linspace(-1, 1, 120, dtype=np.float32).reshape(40, 3), np.arange(40, dtype=np.int32) % 2)
+HELD_OUT = (-DATA[0], DATA[1])
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def run(run_dir, stops=None, *, verify=False):
         model={"w": np.zeros(3, np.float32)},
         loss=squared,
         train_data=DATA,
-        validation_data=DATA,
+        validation_data=HELD_OUT,
         report=lambda line: None,
         progress=False,
         stops=stops,
