@@ -160,7 +160,7 @@ def _check_rows(batch: Any, mask: jax.Array, keys: Any) -> None:
                 f"{'keys' if path[0].idx else 'batch'}{jax.tree_util.keystr(path[1:])} has shape {jnp.shape(x)} "
                 f"and the mask {mask.shape}: every leaf needs the same leading axis B"
             )
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) and "rbg" in str(x.dtype):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and "rbg" in str(x.dtype):
             raise InputError(
                 f"keys of type {x.dtype}: under vmap this generator draws for all rows from the first row's key, so "
                 'that rows depend on each other: make them with jax.random.key(seed, impl="threefry2x32")'
