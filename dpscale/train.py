@@ -38,7 +38,7 @@ from dpscale.physical_batch import agreed_physical_batch_size
 from dpscale.placement import Placement
 from dpscale.privacy.ledger import Ledger
 from dpscale.program import digest, program_facts
-from dpscale.ranges import Ranges
+from dpscale.ranges import Opening, Ranges
 from dpscale.replicas import ReplicaCheck, SentCheck
 from dpscale.report import write_report
 from dpscale.restore import restore
@@ -425,17 +425,28 @@ class _Run:
         """Open what begins with this step or soon after: all processes agree on it, and it is in the ledger.
 
         No process can begin a range before process 0 has opened it: it needs the results of a step that process 0 sends
-        after this (`ranges.OPENED_AHEAD`).
+        after this (`ranges.OPENED_AHEAD`). Before the first step there are no results yet, and all wait for process 0.
         """
-        for opening in self.ranges.before(step, self._send_check):
-            self.range_end = opening.end
-            if self.ledger is not None and self.lease is not None:
-                self.lease.check()
-                facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
-                digest = self.briefing.secret.mac("fingerprint", b"state before the range/" + opening.checksum)
-                facts |= {"state": digest, "state_step": opening.state_step}
-                self.ledger.open_range(self.briefing.attempt, opening.start, opening.end, facts)
-                self.metrics.status("running", step, self._epsilon(opening.end))
+        openings = self.ranges.before(step, self._send_check)
+        if step == self.briefing.start_step:
+            decided_by_process_zero(lambda: self._open(step, openings))
+        else:
+            self._open(step, openings)
+        if openings:
+            self.range_end = openings[-1].end
+
+    def _open(self, step: int, openings: list[Opening]) -> dict[str, Any]:
+        """Process 0's part: the ranges' lines, durable when this returns. {}: nothing that the others need."""
+        if self.ledger is None or self.lease is None:
+            return {}
+        for opening in openings:
+            self.lease.check()
+            facts = ledger_facts(self.plan, self.program, self.mesh.size, self.mesh.devices.flat[0].device_kind)
+            digest = self.briefing.secret.mac("fingerprint", b"state before the range/" + opening.checksum)
+            facts |= {"state": digest, "state_step": opening.state_step}
+            self.ledger.open_range(self.briefing.attempt, opening.start, opening.end, facts)
+            self.metrics.status("running", step, self._epsilon(opening.end))
+        return {}
 
     def _send_check(self, start: int) -> SentCheck:
         """Of the state that the next step starts from, and of the draw that the range's first step will use."""

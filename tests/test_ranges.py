@@ -198,6 +198,27 @@ def test_a_range_is_opened_while_the_step_before_it_still_runs(tmp_path, monkeyp
     assert on_time == [True] * len(jax.devices())
 
 
+def test_before_the_first_step_all_processes_wait_until_process_zero_has_opened_it(tmp_path, monkeypatch):
+    """They need no results to send the first steps; later ones wait for nobody."""
+    decided, open_range, waited_for, waiting = TRAIN.decided_by_process_zero, Ledger.open_range, {}, []
+
+    def deciding(decide: Any) -> Any:
+        waiting.append(True)
+        try:
+            return decided(decide)
+        finally:
+            waiting.pop()
+
+    def opening(self: Ledger, attempt: int, start: int, end: int, facts: dict[str, Any]) -> None:
+        open_range(self, attempt, start, end, facts)
+        waited_for[start] = bool(waiting)
+
+    monkeypatch.setattr(TRAIN, "decided_by_process_zero", deciding)
+    monkeypatch.setattr(Ledger, "open_range", opening)
+    run(tmp_path, training={"steps": 8, "evaluate_every_steps": 0}, checkpoint={"every_steps": 1})
+    assert waited_for == {start: start <= OPENED_AHEAD for start in range(8)}
+
+
 @pytest.mark.parametrize(("wrong_after", "charged_to"), [(1, 6), (8, 8)])
 def test_a_device_that_goes_wrong_stops_the_run_before_the_next_range_is_charged_and_before_a_save(
     wrong_after, charged_to, tmp_path, monkeypatch
