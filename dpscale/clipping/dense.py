@@ -85,7 +85,8 @@ class Dense:
         left, right = self.sides(a, g)
         left = jnp.where(good[:, None, None], left, jnp.zeros((), left.dtype))
         right = scaled_rows(right, factor[:, None, None], good[:, None, None])
-        return self.finish(contract("...btd,...btp->...dp", left, right))
+        left, right = (x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (left, right))
+        return self.finish(contract("...td,...tp->...dp", left, right))
 
     def finish(self, x: jax.Array, lead: int = 0) -> jax.Array:
         """[lead.., N, D, P] -> the leaf's gradient."""

@@ -299,6 +299,16 @@ def _chosen(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
     return [x for x, on in zip(items, flags, strict=True) if on]
 
 
+RESHAPES = ("reshape", "squeeze", "expand_dims")
+
+
+def reshaped_from(x: Operand, producers: dict[Name, Equation]) -> Operand:
+    """The value that x is but another shape of: x itself, or what a chain of reshapes begins with."""
+    while isinstance(x, Name) and (equation := producers.get(x)) is not None and equation.operation in RESHAPES:
+        x = equation.inputs[0]
+    return x
+
+
 def passing(program: Program, names: Collection[Operand], through: Callable[[Any], Any]) -> Program:
     """The program with these values passed `through` a function before anything uses them.
 
@@ -317,6 +327,27 @@ def passing(program: Program, names: Collection[Operand], through: Callable[[Any
         return replace(equation, apply=apply)
 
     return replace(program, equations=[passed(x) for x in program.equations])
+
+
+UNROUNDED = ("max", "min")
+"""Operations whose results do not depend on whether the compiler knows their constants."""
+
+
+def with_zero(program: Program, zero: jax.Array) -> Program:
+    """The program with `zero`, f32[], in place of the literal zeros of UNROUNDED operations."""
+
+    def replaced(x: Operand) -> Operand:
+        known = x.literal if isinstance(x, Constant) and x.shape == () else None
+        if known is None or known or not jax.numpy.issubdtype(known.dtype, np.floating):
+            return x
+        return Constant(zero.astype(known.dtype))
+
+    def own(equation: Equation) -> Equation:
+        if equation.operation not in UNROUNDED:
+            return equation
+        return replace(equation, inputs=[replaced(x) for x in equation.inputs])
+
+    return replace(program, equations=[own(x) for x in program.equations])
 
 
 def run(program: Program, *args: Any) -> list[Any]:

@@ -38,9 +38,11 @@ from dpscale.clipping.jaxpr import (
     expose,
     moving_names,
     passing,
+    reshaped_from,
     run,
     trace,
     walk,
+    with_zero,
 )
 from dpscale.clipping.layers import (
     Layer,
@@ -58,7 +60,9 @@ from dpscale.clipping.norms import Squares, over_parts, square_sum
 class Split:
     """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used.
 
-    `inside[j]` is what the body of layer j's scan computes by itself; `weights` is what its sum reads.
+    `inside[j]` is what the body of layer j's scan computes by itself; `weights` is what its sum reads. `once` are the
+    values that are held for their uses as operands; `views` the leaves whose gradients are those values again, reshaped
+    (the bias of a layer that is applied at one position).
     """
 
     program: Program
@@ -68,6 +72,8 @@ class Split:
     aux_tree: Any
     inside: dict[int, Inside]
     weights: RowWeights
+    once: frozenset[Operand]
+    views: frozenset[int]
 
 
 def split_backward(problem: Problem, method: str) -> Split:
@@ -104,7 +110,12 @@ def split_backward(problem: Problem, method: str) -> Split:
         found = taken_inside(layer, problem.groups[j], weights, problem.mask) if method == "ghost" else None
         if found is not None:
             inside[j] = found
-    return Split(program, method, layers, len(jax.tree.leaves(aux)), jax.tree.structure(aux), inside, weights)
+    producers, gradients = program.producers(), program.outputs[-count:]
+    operands = [_outermost(x, rule.product.frames) for layer in layers for rule in layer.rules for x in rule.operands]
+    once = frozenset(reshaped_from(x, producers) for x in operands)
+    views = [j for j, x in enumerate(gradients) if not layers[j].rules and reshaped_from(x, producers) in once]
+    num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
+    return Split(program, method, layers, num_aux, aux_tree, inside, weights, once, frozenset(views))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +148,9 @@ def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | Non
         else:
             asked.append((gradient, ()))  # held side by side
     short = expose(program, [_outermost(*at) for at in asked])
-    rules = [rule for layer in parts.layers for rule in layer.rules]
-    operands = {_outermost(x, rule.product.frames) for rule in rules for x in rule.operands}
-    short = passing(short, operands, lambda x: held(x, problem.mask))
+    short = passing(short, parts.once, lambda x: held(x, problem.mask))
+    if factors is not None:  # or the compiler merges the arrays of zeros of both passes, and keeps them all the time
+        short = with_zero(short, held(jnp.zeros(()), problem.mask))
     sums = {x.total for x in parts.inside.values()}
     depths = tuple(None if x in sums else len(frames) if not isinstance(x, Constant) else 0 for x, frames in asked)
 
@@ -183,10 +194,10 @@ hundreds of tiny kernels, whose starting takes longer than their work."""
 
 
 def bundles(parts: Split, problem: Problem) -> list[list[int]]:
-    """The leaves in parts whose norms are taken together: small ones without rules, of one group."""
+    """The leaves in parts whose norms are taken together: small ones without rules, of one group; no views."""
     found: dict[Any, list[int]] = {}
     for j, (layer, leaf) in enumerate(zip(parts.layers, problem.leaves, strict=True)):
-        small = not layer.rules and leaf.size <= BUNDLED_FLOATS
+        small = not layer.rules and leaf.size <= BUNDLED_FLOATS and j not in parts.views
         asked = None if problem.norm_groups is None else problem.norm_groups[j]
         found.setdefault((problem.groups[j], asked, sum_dtype(leaf.dtype)) if small else j, []).append(j)
     return list(found.values())
@@ -232,8 +243,9 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
 
 def _written(parts: Split, places: Sequence[int], values: list[Any], mask: jax.Array) -> dict[int, jax.Array]:
     """The gradients that the program itself writes out, of those of `places` that have no rules; at least float32."""
-    chosen = [j for j in places if not parts.layers[j].rules]
-    return dict(zip(chosen, held([values[j].astype(sum_dtype(values[j].dtype)) for j in chosen], mask), strict=True))
+    wide = {j: values[j].astype(sum_dtype(values[j].dtype)) for j in places if not parts.layers[j].rules}
+    computed = {j: x for j, x in wide.items() if j not in parts.views}
+    return wide | (held(computed, mask) if computed else {})
 
 
 def _joint_square(each: list[jax.Array]) -> jax.Array:
