@@ -54,7 +54,7 @@ def nested(w, x):
 
 def test_nested_programs_are_inlined_and_compute_the_same():
     w, x = normal(0, 4, 4), normal(1, 3, 4)
-    program = trace(jax.value_and_grad(nested), w, x)
+    program, _ = trace(jax.value_and_grad(nested), w, x)
     called = {"jit", "pjit", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "closed_call"}
     assert called.isdisjoint(equation.operation for equation in walk(program))
     assert program.checkpointed
@@ -68,7 +68,7 @@ def test_names_inside_a_scan_come_out_stacked_and_nothing_is_computed_in_vain():
         return lax.scan(lambda h, t: (jnp.tanh(h @ w) + t, jnp.cos(h)), jnp.ones(4), x)
 
     w, x = normal(0, 4, 4), normal(1, 3, 4)
-    program = trace(fun, w, x)
+    program, _ = trace(fun, w, x)
     (scan,) = [equation for equation in program.equations if equation.body is not None]
     product = next(equation for equation in scan.body.equations if equation.operation == "dot_general")
     short = expose(program, [product.outputs[0]])
@@ -84,13 +84,13 @@ def test_names_move_with_the_inputs_that_they_depend_on_also_through_carries():
         carried, _ = lax.scan(lambda c, t: ((c[0] @ w, c[1] + t), None), (jnp.ones(4), jnp.zeros(4)), x)
         return (*carried, w @ w)
 
-    program = trace(fun, normal(0, 4, 4), normal(1, 3, 4))
+    program, _ = trace(fun, normal(0, 4, 4), normal(1, 3, 4))
     moving = moving_names(program, program.inputs[1:])
     assert [name in moving for name in program.outputs] == [False, True, False]
 
 
 def test_a_part_of_a_program_starts_at_any_of_its_values():
-    program = trace(lambda x: jnp.sum(jnp.exp(jnp.sin(x)) * 3.0), normal(0, 5))
+    program, _ = trace(lambda x: jnp.sum(jnp.exp(jnp.sin(x)) * 3.0), normal(0, 5))
     middle = next(equation.outputs[0] for equation in program.equations if equation.operation == "sin")
     part = subprogram(program, [middle], program.outputs)
     assert all(equation.operation != "sin" for equation in part.equations)
@@ -99,7 +99,7 @@ def test_a_part_of_a_program_starts_at_any_of_its_values():
 
 def test_arrays_that_a_function_closes_over_are_constants_and_literals_can_be_looked_at():
     table = normal(3, 4)
-    program = trace(lambda x: x * 2.0 + table, normal(0, 4))
+    program, _ = trace(lambda x: x * 2.0 + table, normal(0, 4))
     constants = [x for equation in program.equations for x in equation.inputs if isinstance(x, Constant)]
     assert [float(x.literal) for x in constants if x.literal is not None and x.literal.ndim == 0] == [2.0]
     assert any(x.shape == (4,) for x in constants)

@@ -167,7 +167,7 @@ def test_wrong_input_is_refused_with_the_remedy(case):
     with pytest.raises(InputError, match="same leading axis"):
         clipped_grad(loss)(params, batch, mask[:4])
     with pytest.raises(InputError, match="choose one of"):
-        clipped_grad(loss, method="fast")  # type: ignore[arg-type]
+        clipped_grad(loss, method="fast")
     with pytest.raises(InputError, match="no parameter is trainable"):
         clipped_grad(loss, trainable=False)(params, batch, mask)
     with pytest.raises(InputError, match="prefix"):

@@ -58,13 +58,15 @@ def test_more_layers_of_one_kind_need_no_more_different_kernels():
 def different_kernels(depth: int) -> int:
     width, positions, rows = 16, 12, 4
     keys = iter(jax.random.split(jax.random.key(depth), 3 * depth))
-    block = lambda: {  # noqa: E731
-        "in": jax.random.normal(next(keys), (width, width)),  # written out
-        "out": jax.random.normal(next(keys), (width, width)),
-        "scale": jnp.ones(width),
-        "bias": jnp.zeros(width),
-        "mix": jax.random.normal(next(keys), (8 * width, 8 * width)),  # tables, then one product
-    }
+
+    def block():
+        return {
+            "in": jax.random.normal(next(keys), (width, width)),  # written out
+            "out": jax.random.normal(next(keys), (width, width)),
+            "scale": jnp.ones(width),
+            "bias": jnp.zeros(width),
+            "mix": jax.random.normal(next(keys), (8 * width, 8 * width)),  # tables, then one product
+        }
 
     def loss(params, x):
         for layer in params:

@@ -89,7 +89,7 @@ def test_an_unreadable_record_of_a_user_is_as_good_as_absent():
     whole = UserSource(records, USERS, MOST)
     bad = whole.records_of(7)[0]
     real = records.rows
-    records.rows = lambda indices: {**real(indices), "valid": indices != bad}  # type: ignore[method-assign]
+    records.rows = lambda indices: {**real(indices), "valid": indices != bad}
     rows = whole.rows(np.array([7, 8]))
     assert "valid" not in rows
     assert rows["present"][0].sum() == len(whole.records_of(7)) - 1

@@ -55,14 +55,14 @@ class Played:
         self._reduced = reduced
         self.infos = list(
             training_steps(
-                StepFunctions(self._accumulate, self._finalize, lambda: None),  # type: ignore[arg-type, return-value]
-                TrainState(steps.start, None, None),  # type: ignore[arg-type]
+                StepFunctions(self._accumulate, self._finalize, lambda: None),
+                TrainState(steps.start, None, None),
                 {},
-                lambda step: [step] * batches,  # type: ignore[return-value]
+                lambda step: [step] * batches,
                 KEYS,
                 steps,
                 lambda step: self.events.append(("charge", step)),
-                lambda: request,  # type: ignore[return-value]
+                lambda: request,
                 self._arrived,
             )
         )
@@ -76,7 +76,7 @@ class Played:
         self.noise_keys.append(key)
         reduced = self._reduced.get(state.step, NOTHING)._replace(examples=float(state.step))
         on_device = OnDevice(self.events, state.step, reduced[:RIDERS])
-        return TrainState(state.step + 1, None, None), sums, on_device  # type: ignore[arg-type]
+        return TrainState(state.step + 1, None, None), sums, on_device
 
     def _arrived(self, done: int, statistics: Statistics) -> None:
         self.events.append(("arrived", done))
@@ -218,7 +218,7 @@ def run(devices: int, physical_batch_size: int, residence: str) -> Result:
     """The steps of a run as `train` makes them, on some of the devices."""
     compiled: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: compiled.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: compiled.append(record.getMessage())
     logger = logging.getLogger("jax")
     logger.addHandler(handler)
     try:

@@ -46,7 +46,7 @@ def test_divisor_noise_steps_and_rate_of_a_plan_know_nothing_of_a_record_that_le
     for name in ("expected_batch_size", "noise_stddev", "steps", "sampling_rate"):
         assert getattr(again, name) == getattr(made, name)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        made.num_examples = 999  # type: ignore[misc]
+        made.num_examples = 999
 
 
 def test_epsilon_is_the_same_for_any_physical_batch():

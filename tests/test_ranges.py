@@ -64,10 +64,10 @@ def looped(first: int, last: int, length: int, stop_at: int | None = None) -> li
     def finalize(state: Any, sums: Any, requests: Any, key: Any) -> Any:
         events.append(("send", state.step))
         reduced = NOTHING._replace(stop=float(state.step == stop_at))
-        return TrainState(state.step + 1, None, None), sums, np.array(reduced[:RIDERS], np.float32)  # type: ignore[arg-type]
+        return TrainState(state.step + 1, None, None), sums, np.array(reduced[:RIDERS], np.float32)
 
-    functions: Any = StepFunctions(None, finalize, lambda: None)  # type: ignore[arg-type]
-    state: Any = TrainState(first, None, None)  # type: ignore[arg-type]
+    functions: Any = StepFunctions(None, finalize, lambda: None)
+    state: Any = TrainState(first, None, None)
     for _ in training_steps(
         functions,
         state,
@@ -76,7 +76,7 @@ def looped(first: int, last: int, length: int, stop_at: int | None = None) -> li
         KEYS,
         range(first, last),
         charge,
-        lambda: None,  # type: ignore[arg-type, return-value]
+        lambda: None,
         lambda done, statistics: events.append(("results", done - 1)),
     ):
         pass
@@ -263,7 +263,7 @@ def digest_of_checkpoint(run_dir: Path, step: int) -> str:
 def log_compiles(call: Any) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("jax").addHandler(handler)
     try:
         with jax.log_compiles():

@@ -202,7 +202,7 @@ def test_nothing_printable_or_pickled_shows_the_secret():
 def test_wrong_arguments_are_refused():
     secret = RootSecret(KNOWN)
     with pytest.raises(ValueError, match="unknown purpose"):
-        secret.derive("everything")  # type: ignore[arg-type]
+        secret.derive("everything")
     for bad in ((-1, 0), (0, -1), (2**64, 0), (0, 2**64)):
         with pytest.raises(ValueError, match="64-bit"):
             secret.derive("noise", *bad)

@@ -78,4 +78,4 @@ def test_no_groups_and_unknown_relations_are_refused():
     with pytest.raises(InputError, match="at least one group"):
         per_group_norm_bound([])
     with pytest.raises(InputError, match="choose one of zero_out"):
-        sum_sensitivity(1.0, "substitute")  # type: ignore[arg-type]
+        sum_sensitivity(1.0, "substitute")

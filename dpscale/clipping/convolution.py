@@ -188,13 +188,13 @@ class Convolution:
         return jnp.moveaxis(spread, -1, 1).reshape(-1, spread.shape[1])
 
     def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-        """The leaf's sum_b factor_b e_b by the equation itself; rows that are not good are selected away.
+        """The leaf's sum_b factor_b e_b by the equation itself; rows that are not good are selected away from g, and a
+        must be finite.
 
         The examples are laid side by side in the feature axis, which this convolution contracts.
         """
         equation, at = self.product.equation, len(self.product.frames)
         numbers = equation.params["dimension_numbers"]
-        a = jnp.where(_along(good, at, a.ndim), a, jnp.zeros((), a.dtype))
         g = scaled_rows(g, _along(factor, at, g.ndim), _along(good, at, g.ndim))
 
         def one(pair):

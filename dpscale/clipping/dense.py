@@ -81,9 +81,9 @@ class Dense:
         return contract("...td,...tp->...dp", left, right)
 
     def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-        """The leaf's sum_b factor_b e_b in one product; rows that are not good are selected away from both operands."""
+        """The leaf's sum_b factor_b e_b in one product; rows that are not good are selected away from g, and a must be
+        finite."""
         left, right = self.sides(a, g)
-        left = jnp.where(good[:, None, None], left, jnp.zeros((), left.dtype))
         right = scaled_rows(right, factor[:, None, None], good[:, None, None])
         left, right = (x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (left, right))
         return self.finish(contract("...td,...tp->...dp", left, right))

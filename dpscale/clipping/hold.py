@@ -5,6 +5,7 @@ multiply-add here, none there). Where an example's cotangents are nothing but ro
 even be near each other, and a factor taken from one does not bound the other: twice the bound was seen.
 """
 
+import functools
 from typing import TypeVar
 
 import jax
@@ -34,3 +35,28 @@ def _carried(tree: Tree, mask: jax.Array) -> Tree:
         return jnp.zeros_like(more), jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x, tree)
 
     return jax.lax.while_loop(lambda carry: carry[0], other, (more, tree))[1]
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def cleared(arrays: list[jax.Array], good: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
+    """The arrays with zeros in the rows that are not `good`, bool[B]; `axes`: where B is in each.
+
+    A selection, since NaN * 0 is NaN. On a CPU it is made in place, and only if there is a row to clear: mostly there
+    is none, and then reading and writing all operands would be for nothing.
+    """
+
+    def selected(arrays, good):
+        along = [
+            good.reshape([-1 if i == at else 1 for i in range(x.ndim)]) for x, at in zip(arrays, axes, strict=True)
+        ]
+        return [jnp.where(keep, x, jnp.zeros((), x.dtype)) for keep, x in zip(along, arrays, strict=True)]
+
+    def in_place(arrays, good):
+        def other(carry):
+            _, arrays = carry
+            return jnp.zeros_like(some), selected(arrays, good)
+
+        some = ~jnp.all(good)
+        return jax.lax.while_loop(lambda carry: carry[0], other, (some, arrays))[1]
+
+    return jax.lax.platform_dependent(arrays, good, cpu=in_place, default=selected)

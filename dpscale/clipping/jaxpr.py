@@ -5,7 +5,8 @@ rest of the package sees a flat list of equations in which only a scan has a bod
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -69,21 +70,29 @@ class Equation:
 
 @dataclass(eq=False)
 class Program:
-    """Equations in order. `checkpointed` tells whether jax.checkpoint was used anywhere inside."""
+    """Equations in order, only ever added to. `checkpointed`: whether jax.checkpoint was used anywhere inside."""
 
     inputs: list[Name]
     equations: list[Equation]
     outputs: list[Operand]
     checkpointed: bool = False
+    _known: tuple[int, dict[Name, Equation]] = field(init=False, default=(0, {}), repr=False)
 
     def producers(self) -> dict[Name, Equation]:
-        return {name: equation for equation in self.equations for name in equation.outputs}
+        """The equation that makes each name. Every leaf's cut asks for it: it is made once."""
+        if self._known[0] != len(self.equations):
+            made = {name: equation for equation in self.equations for name in equation.outputs}
+            self._known = len(self.equations), made
+        return self._known[1]
 
 
-def trace(fun: Callable[..., Any], *args: Any) -> Program:
-    """The program of fun(*args); arguments may be tracers. Outputs are the flattened results."""
-    closed = jax.make_jaxpr(fun)(*args)
-    return _convert(closed.jaxpr, closed.consts)
+def trace(fun: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+    """The program of fun(*args), whose outputs are the flattened results; and the results' shapes, as a pytree.
+
+    Arguments may be tracers.
+    """
+    closed, results = jax.make_jaxpr(fun, return_shape=True)(*args)
+    return _convert(closed.jaxpr, closed.consts), results
 
 
 def _convert(jaxpr: Any, consts: Sequence[Any]) -> Program:
@@ -299,13 +308,17 @@ def _chosen(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
     return [x for x, on in zip(items, flags, strict=True) if on]
 
 
-RESHAPES = ("reshape", "squeeze", "expand_dims")
+RESHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+MOVES = (*RESHAPES, "transpose")
 
 
-def reshaped_from(x: Operand, producers: dict[Name, Equation]) -> Operand:
-    """The value that x is but another shape of: x itself, or what a chain of reshapes begins with."""
-    while isinstance(x, Name) and (equation := producers.get(x)) is not None and equation.operation in RESHAPES:
-        x = equation.inputs[0]
+def moved_from(x: Operand, producers: dict[Name, Equation], moves: Collection[str] = RESHAPES) -> Operand:
+    """The value whose entries x holds in another shape: x itself, or what a chain of `moves` begins with."""
+    while isinstance(x, Name) and (equation := producers.get(x)) is not None:
+        source = equation.inputs[0] if equation.operation in moves else None
+        if source is None or prod(source.shape) != prod(x.shape):
+            break
+        x = source
     return x
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.convolution import batched_convolution
-from dpscale.clipping.cut import Frame, cut
+from dpscale.clipping.cut import BILINEAR, Frame, cut
 from dpscale.clipping.example import (
     ClippedSum,
     Problem,
@@ -29,16 +29,19 @@ from dpscale.clipping.example import (
     select_rows,
     sum_dtype,
 )
-from dpscale.clipping.hold import held
+from dpscale.clipping.hold import cleared, held
 from dpscale.clipping.inside import Inside, RowWeights, taken_inside
 from dpscale.clipping.jaxpr import (
+    MOVES,
     Constant,
+    Equation,
+    Name,
     Operand,
     Program,
     expose,
+    moved_from,
     moving_names,
     passing,
-    reshaped_from,
     run,
     trace,
     walk,
@@ -60,9 +63,9 @@ from dpscale.clipping.norms import Squares, over_parts, square_sum
 class Split:
     """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used.
 
-    `inside[j]` is what the body of layer j's scan computes by itself; `weights` is what its sum reads. `once` are the
-    values that are held for their uses as operands; `views` the leaves whose gradients are those values again, reshaped
-    (the bias of a layer that is applied at one position).
+    `inside[j]` is what the body of layer j's scan computes by itself; `weights` is what its sum reads. `held` are the
+    operands that must be held; `views` the leaves whose gradients are operands of others, reshaped (the bias of a layer
+    that is applied at one position).
     """
 
     program: Program
@@ -72,7 +75,7 @@ class Split:
     aux_tree: Any
     inside: dict[int, Inside]
     weights: RowWeights
-    once: frozenset[Operand]
+    held: frozenset[Operand]
     views: frozenset[int]
 
 
@@ -88,8 +91,8 @@ def split_backward(problem: Problem, method: str) -> Split:
             (loss, aux), grads = jax.value_and_grad(problem.loss, has_aux=True)(leaves, row)
             return loss, aux, grads
 
-        traced.append(trace(fun, problem.leaves, row))
-        traced.append(jax.eval_shape(fun, problem.leaves, row)[1])
+        program, results = trace(fun, problem.leaves, row)
+        traced.extend((program, results[1]))
         return jnp.zeros(())
 
     jax.vmap(example)(problem.rows)  # for the types of one row, as they are inside shard_map
@@ -111,66 +114,116 @@ def split_backward(problem: Problem, method: str) -> Split:
         if found is not None:
             inside[j] = found
     producers, gradients = program.producers(), program.outputs[-count:]
-    operands = [_outermost(x, rule.product.frames) for layer in layers for rule in layer.rules for x in rule.operands]
-    once = frozenset(reshaped_from(x, producers) for x in operands)
-    views = [j for j, x in enumerate(gradients) if not layers[j].rules and reshaped_from(x, producers) in once]
+    rules = [rule for layer in layers for rule in layer.rules]
+    roots = {_root(x, rule.product.frames, producers) for rule in rules for x in rule.operands}
+    views = [j for j, x in enumerate(gradients) if not layers[j].rules and _root(x, (), producers) in roots]
+    held = [x for x in roots if not _is_made_once(x, producers)]
     num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
-    return Split(program, method, layers, num_aux, aux_tree, inside, weights, once, frozenset(views))
+    return Split(program, method, layers, num_aux, aux_tree, inside, weights, frozenset(held), frozenset(views))
+
+
+def _is_made_once(x: Operand, producers: dict[Name, Equation]) -> bool:
+    """Whether a compiler makes a value once for all its uses without being told to: a product, moved or not.
+
+    What it makes again in other loops is what costs little there, such as sums and exponentials of single entries.
+    """
+    origin = moved_from(x, producers, MOVES)
+    equation = producers.get(origin) if isinstance(origin, Name) else None
+    return equation is not None and equation.operation in BILINEAR[:2]
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """The shortened program's values over the batch.
+    """The shortened program's values over the batch: scan axes first, then B, then a value's own.
 
-    For each layer: its operands, its gradients [B, ...], or what its scan made of them: the squares, in a second pass
-    the clipped sum.
+    `kept`: every value that norms and sums are made of, by its name in the program (`_root`).
     """
 
     losses: jax.Array
     aux: Any
-    values: list[Any]
+    kept: dict[Operand, jax.Array]
 
 
 def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | None = None) -> Evaluated:
-    """Runs the shortened program under vmap. Operands come with their scan axes first, then B.
+    """Runs the shortened program under vmap.
 
     `factors`: f[B] of each clip group, for the second pass, in which every row counts.
     """
     program, count = parts.program, len(problem.leaves)
-    heads = list(program.outputs[: 1 + parts.num_aux])
-    asked: list[tuple[Operand, tuple[Frame, ...]]] = [(x, ()) for x in heads]
+    heads, producers = program.outputs[: 1 + parts.num_aux], program.producers()
+    asked: dict[Operand, int | None] = {}
     for j, (layer, gradient) in enumerate(zip(parts.layers, program.outputs[-count:], strict=True)):
-        if j in parts.inside:
-            own = parts.inside[j].squares if factors is None else [parts.inside[j].total]
-            asked += [(x, layer.rules[0].product.frames) for x in own]
-        elif layer.rules:
-            asked += [(x, rule.product.frames) for rule in layer.rules for x in rule.operands]
-        else:
-            asked.append((gradient, ()))  # held side by side
-    short = expose(program, [_outermost(*at) for at in asked])
-    short = passing(short, parts.once, lambda x: held(x, problem.mask))
+        depth = len(layer.rules[0].product.frames) if j in parts.inside else 0
+        if j in parts.inside and factors is not None:
+            asked[parts.inside[j].total] = None  # a sum over the rows already
+        elif j in parts.inside:
+            asked |= dict.fromkeys(parts.inside[j].squares, depth)
+        elif not layer.rules:
+            asked[_root(gradient, (), producers)] = 0
+        for rule in layer.rules if j not in parts.inside else ():
+            for x in rule.operands:
+                root = _root(x, rule.product.frames, producers)
+                asked[root] = 0 if isinstance(root, Constant) else len(rule.product.frames)
+    short = passing(expose(program, [*heads, *asked]), parts.held, lambda x: held(x, problem.mask))
     if factors is not None:  # or the compiler merges the arrays of zeros of both passes, and keeps them all the time
         short = with_zero(short, held(jnp.zeros(()), problem.mask))
-    sums = {x.total for x in parts.inside.values()}
-    depths = tuple(None if x in sums else len(frames) if not isinstance(x, Constant) else 0 for x, frames in asked)
 
     def one(row, factors):
         parts.weights.factors, parts.weights.good = factors, jnp.ones((), bool)
         return tuple(run(short, *problem.leaves, *row))
 
+    depths = (*[0] * len(heads), *asked.values())
     results = jax.vmap(one, out_axes=depths)(jax.tree.leaves(problem.rows), factors)
-    results = [_stacked(x, *at) for x, at in zip(results, asked, strict=True)]
+    aux = parts.aux_tree.unflatten(results[1 : len(heads)])
+    return Evaluated(results[0], aux, dict(zip(asked, results[len(heads) :], strict=True)))
+
+
+def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
+    """Of each layer: its operands, its gradients [B, ...], or what its scan made of them: the squares, in a second pass
+    the clipped sum."""
+    producers = parts.program.producers()
+
+    def value(x: Operand, frames: tuple[Frame, ...]) -> jax.Array:
+        root = _root(x, frames, producers)
+        kept = rows.kept[root]
+        if not frames:
+            return kept.reshape(kept.shape[0], *x.shape)
+        return (
+            jnp.broadcast_to(kept, (*(f.length for f in frames), *kept.shape)) if isinstance(root, Constant) else kept
+        )
+
     values: list[Any] = []
-    rest = iter(results[len(heads) :])
-    for j, layer in enumerate(parts.layers):
-        if j in parts.inside and factors is not None:
-            values.append(layer.rules[0].product.finish(next(rest)))
-        elif j in parts.inside:
-            values.append(Squares(over_parts(next(rest)), over_parts(next(rest))))
+    for j, (layer, gradient) in enumerate(zip(parts.layers, parts.program.outputs[-len(parts.layers) :], strict=True)):
+        inside = parts.inside.get(j)
+        if inside is not None and inside.total in rows.kept:
+            values.append(layer.rules[0].product.finish(rows.kept[inside.total]))
+        elif inside is not None:
+            values.append(Squares(*[over_parts(rows.kept[x]) for x in inside.squares]))
+        elif layer.rules:
+            at = [(rule.product, [value(x, rule.product.frames) for x in rule.operands]) for rule in layer.rules]
+            values.append([product.scaled(*pair) for product, pair in at])
         else:
-            pairs = [rule.product.scaled(next(rest), next(rest)) for rule in layer.rules]
-            values.append(pairs if layer.rules else next(rest))
-    return Evaluated(results[0], parts.aux_tree.unflatten(results[1 : len(heads)]), values)
+            values.append(value(gradient, ()))
+    return values
+
+
+def without_bad_rows(parts: Split, rows: Evaluated, found: "Measured") -> Evaluated:
+    """The values that are summed: first operands are zero in rows that do not count. (Second ones are scaled anyway,
+    and a row that does not count is selected away as that is done.)"""
+    producers, axes = parts.program.producers(), {}
+    for layer, each in zip(parts.layers, found.each, strict=True):
+        for rule in layer.rules if each is None else ():
+            root, depth = _root(rule.operands[0], rule.product.frames, producers), len(rule.product.frames)
+            if jnp.issubdtype(rows.kept[root].dtype, jnp.inexact):
+                axes[root] = 0 if isinstance(root, Constant) else depth
+    clean = cleared([rows.kept[x] for x in axes], found.good, tuple(axes.values()))
+    return replace(rows, kept=rows.kept | dict(zip(axes, clean, strict=True)))
+
+
+def _root(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> Operand:
+    """The value that is kept for an operand or a gradient: where it is not in a scan, what it is a reshape of."""
+    root = _outermost(x, frames)
+    return root if frames else moved_from(root, producers)
 
 
 def _outermost(x: Operand, frames: tuple[Frame, ...]) -> Operand:
@@ -181,11 +234,6 @@ def _outermost(x: Operand, frames: tuple[Frame, ...]) -> Operand:
             break
         x, frames = stacked, frames[:-1]
     return x
-
-
-def _stacked(x: jax.Array, operand: Operand, frames: tuple[Frame, ...]) -> jax.Array:
-    """Gives a constant that is used inside scans its scan axes."""
-    return jnp.broadcast_to(x, (*(f.length for f in frames), *x.shape)) if isinstance(operand, Constant) else x
 
 
 BUNDLED_FLOATS = 2**14
@@ -217,11 +265,12 @@ class Measured:
 
 def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) -> Measured:
     """Everything that decides the factors. A row's numbers meet no other row's."""
+    values = layer_values(parts, rows)
     nothing = Squares(*[jnp.zeros(problem.mask.shape, jnp.float32)] * 2)
     squares, each = [nothing] * len(parts.layers), list[jax.Array | None]([None] * len(parts.layers))
     for places in bundles(parts, problem):
         first = places[0]  # gets the bundle's square; only sums over the leaves of a group count
-        layer, value = parts.layers[first], rows.values[first]
+        layer, value = parts.layers[first], values[first]
         if isinstance(value, Squares):
             squares[first] = value
         elif layer.rules and refold:
@@ -229,10 +278,10 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
         elif layer.rules:
             squares[first], each[first] = measure(layer, value, False)
         else:
-            written = _written(parts, places, rows.values, problem.mask)
+            written = _written(parts, places, values, problem.mask)
             squares[first] = Squares(*[_joint_square(list(written.values()))] * 2)
-            for j, x in written.items():
-                each[j] = x
+            for j in written.keys() - parts.views:  # a view is made again, of what is summed
+                each[j] = written[j]
     estimates = [x.estimate for x in squares]
     norms, factors = clip_factors(problem, estimates, [x.upper for x in squares])
     by_group = group_norms(problem, estimates)
@@ -254,8 +303,9 @@ def _joint_square(each: list[jax.Array]) -> jax.Array:
     return square_sum(rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1), 1)
 
 
-def sum_rows(parts: Split, problem: Problem, found: Measured, values: list[Any]) -> list[Any]:
+def sum_rows(parts: Split, problem: Problem, found: Measured, rows: Evaluated) -> list[Any]:
     """Every leaf's clipped sum: from its gradients where they were written out, else from its operands."""
+    values = layer_values(parts, rows)
     missing = [j for j, x in enumerate(found.each) if x is None]
     each = {j: x for j, x in enumerate(found.each) if x is not None}
     each |= _written(parts, missing, values, found.good)
@@ -281,7 +331,7 @@ def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
     """One backward pass; the operands of every layer are kept until the factors are known."""
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows, refold=False)
-    return _result(problem, rows, found, sum_rows(parts, problem, found, rows.values))
+    return _result(problem, rows, found, sum_rows(parts, problem, found, without_bad_rows(parts, rows, found)))
 
 
 def ghost(problem: Problem, parts: Split) -> ClippedSum:
@@ -310,7 +360,7 @@ def _sum_again(again: Problem, parts: Split, found: Measured, factors: list[jax.
     rows, factors = jax.lax.optimization_barrier((again.rows, factors))
     everything = replace(found, factors=factors, good=jnp.ones_like(found.good), each=[None] * len(found.each))
     again = replace(again, rows=rows)
-    return sum_rows(parts, again, everything, evaluate_rows(parts, again, factors).values)
+    return sum_rows(parts, again, everything, evaluate_rows(parts, again, factors))
 
 
 def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax.Array]:

@@ -74,7 +74,7 @@ def plant(faults, pace_s, notes) -> None:
             record.write(f"noise {step} {words.tobytes().hex()}\n")
         return words
 
-    Feed.batches, Feed.planted, StepKeys.noise = with_fault, True, noted  # type: ignore[method-assign,attr-defined]
+    Feed.batches, Feed.planted, StepKeys.noise = with_fault, True, noted
 
 
 if __name__ == "__main__":
