@@ -25,6 +25,7 @@ from dpscale.task import Task, build_task
 
 BASELINE = "nonprivate"
 METHODS = (BASELINE, "auto", "bookkeeping", "ghost", "materialize")
+TURN_S = 0.3
 BYTES = 256  # the vocabulary of a language model that takes its data's
 
 
@@ -48,9 +49,14 @@ class Cost:
 def compare(
     steps: Mapping[str, Callable[..., Any]], arguments: Sequence[Any], repeats: int, baselines: Sequence[str]
 ) -> dict[str, Cost]:
-    """The cost of each step function on the same arguments; ratios are to the fastest of `baselines`."""
+    """The cost of each step function on the same arguments; ratios are to the fastest of `baselines`.
+
+    In each of `repeats` turns a method runs for `TURN_S` or once, whichever is longer, after as long a warm-up: the one
+    before may have taken gigabytes, and left caches and freed pages behind in a state that costs the next one.
+    """
     programs, traced, compiled = {}, {}, {}
     for name, step in steps.items():
+        jax.clear_caches()  # no method finds what another one traced
         begin = time.perf_counter()
         lowered = jax.jit(step).lower(*arguments)
         middle = time.perf_counter()
@@ -60,10 +66,8 @@ def compare(
     seen: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, program in programs.items():
-            jax.block_until_ready(program(*arguments))  # the one before may have emptied the caches
-            begin = time.perf_counter()
-            jax.block_until_ready(program(*arguments))
-            seen[name].append(time.perf_counter() - begin)
+            _turn(program, arguments)
+            seen[name] += _turn(program, arguments)
     median = {name: statistics.median(times) for name, times in seen.items()}
     memory = {name: _temporaries(program) for name, program in programs.items()}
     base = min(baselines, key=lambda name: median[name])
@@ -80,6 +84,16 @@ def compare(
         )
         for name in steps
     }
+
+
+def _turn(program: Callable[..., Any], arguments: Sequence[Any]) -> list[float]:
+    """Seconds of each call."""
+    times: list[float] = []
+    while not times or sum(times) < TURN_S:
+        begin = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        times.append(time.perf_counter() - begin)
+    return times
 
 
 def _temporaries(program: Any) -> int:

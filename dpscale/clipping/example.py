@@ -1,7 +1,6 @@
 """One example's loss in one fixed form, whatever the user's signature, and the result that every method returns."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,38 +73,40 @@ def replace_rows(keep: jax.Array, rows: Any) -> Any:
 
 
 def clip_factors(
-    problem: Problem, squares: list[jax.Array], upper: list[jax.Array] | None = None
+    problem: Problem, squares: Mapping[int, jax.Array], upper: Mapping[int, jax.Array] | None = None
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """(total norm f[B], factors f[B] of each clip group) from the leaves' squared norms, each f[B].
+    """(total norm f[B], factors f[B] of each clip group) from squared norms f[B].
 
-    `upper` are upper bounds of the squares, which the factors are taken from; by default the squares themselves.
-    A square below the smallest normal float32 may have been flushed to zero; `size * tiny` bounds what that hides,
-    so that the factor is right for any clip norm. Overflow gives an infinite norm: the row counts as not finite.
+    `squares[j]`: of leaf j, or of leaf j and others of its groups together. `upper` are upper bounds of the squares,
+    which the factors are taken from; by default the squares themselves. A square below the smallest normal float32 may
+    have been flushed to zero; `size * tiny` bounds what that hides, so that the factor is right for any clip norm.
+    Overflow gives an infinite norm: the row counts as not finite.
     """
-    dtype = jnp.result_type(jnp.float32, *squares)
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    bounds = [
-        x.astype(dtype) + jnp.asarray(leaf.size * tiny, dtype)
-        for x, leaf in zip(upper or squares, problem.leaves, strict=True)
-    ]
-    groups = range(max(problem.groups) + 1)
-    joint = [
-        sum((x for x, g in zip(bounds, problem.groups, strict=True) if g == group), jnp.zeros_like(bounds[0]))
-        for group in groups
-    ]
+    upper, tiny = squares if upper is None else upper, float(jnp.finfo(jnp.float32).tiny)
+    joint = []
+    for group in range(max(problem.groups) + 1):
+        members = [j for j, g in enumerate(problem.groups) if g == group]
+        found = _total(problem, [upper[j] for j in members if j in upper])
+        joint.append(found + jnp.asarray(sum(problem.leaves[j].size for j in members) * tiny, found.dtype))
     factors = problem.bound.factors(jnp.sqrt(jnp.stack(joint)))
-    total = functools.reduce(jnp.add, [x.astype(dtype) for x in squares])
-    return jnp.sqrt(total), list(factors)
+    return jnp.sqrt(_total(problem, list(squares.values()))), list(factors)
 
 
-def group_norms(problem: Problem, squares: list[jax.Array]) -> jax.Array | None:
-    """f32[G, B] from the leaves' squared norms, each f[B]; None where they are not asked for."""
-    if problem.norm_groups is None:
+def group_norms(problem: Problem, squares: Mapping[int, jax.Array]) -> jax.Array | None:
+    """f32[G, B] from squared norms f[B] as `clip_factors` takes them; None where they are not asked for."""
+    asked = problem.norm_groups
+    if asked is None:
         return None
-    sums = [jnp.zeros_like(problem.mask, jnp.float32)] * problem.num_norm_groups
-    for square, group in zip(squares, problem.norm_groups, strict=True):
-        sums[group] = sums[group] + square.astype(jnp.float32)
-    return jnp.sqrt(jnp.stack(sums))
+    found = [[x for j, x in squares.items() if asked[j] == group] for group in range(problem.num_norm_groups)]
+    return jnp.sqrt(jnp.stack([_total(problem, x).astype(jnp.float32) for x in found]))
+
+
+def _total(problem: Problem, arrays: Sequence[jax.Array]) -> jax.Array:
+    """f[B], zeros of no arrays. One reduction: hundreds of additions in a row are hundreds of operations to compile."""
+    if not arrays:
+        return jnp.zeros_like(problem.mask, jnp.float32)
+    dtype = jnp.result_type(jnp.float32, *arrays)
+    return jnp.sum(jnp.stack([x.astype(dtype) for x in arrays]), axis=0)
 
 
 def check_scalar(loss: jax.Array) -> None:

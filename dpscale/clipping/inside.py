@@ -57,7 +57,7 @@ def taken_inside(layer: Layer, group: int, weights: RowWeights, mask: jax.Array)
     total = _sum_over_rows(one)
 
     def norms(a, g):
-        return [x[0] for x in measure(one, [rule.product.scaled(a[None], g[None])], True)[0]]
+        return [x[0] for x in measure(one, [rule.product.scaled(a[None], g[None])], None)[0]]
 
     def clipped_sum(a, g):
         return total(a, g, weights.factors[group], weights.good)

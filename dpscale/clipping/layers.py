@@ -22,6 +22,7 @@ from dpscale.clipping.cut import Cut, Product, absolute, roundings
 from dpscale.clipping.dense import Dense, leaf_layout
 from dpscale.clipping.embedding import Embedding
 from dpscale.clipping.example import sum_dtype
+from dpscale.clipping.hold import held
 from dpscale.clipping.jaxpr import Program, run
 from dpscale.clipping.norms import (
     Squares,
@@ -160,11 +161,11 @@ def _together(rules: tuple[Rule, ...]) -> bool:
 Pair = tuple[jax.Array, jax.Array]
 
 
-def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax.Array | None]:
+def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Squares, jax.Array | None]:
     """Squared norms f[B], and the written-out gradients where the route makes them.
 
-    `pairs`: the operands of each rule, [scans.., B, own axes..]. `refold` says that the sum will not be taken from
-    what is written out; then the norm must cover the rounding of that sum too.
+    `pairs`: the operands of each rule, [scans.., B, own axes..]. `mask`: bool[B], for `held`; None where the sum will
+    not be taken from what is written out: then the norm must cover the rounding of that sum too.
     """
     rule, pair = layer.rules[0], pairs[0]
     floats = [x.dtype for both in pairs for x in both if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -179,9 +180,11 @@ def measure(layer: Layer, pairs: list[Pair], refold: bool) -> tuple[Squares, jax
         square, most = rule.outer_squares(*pair)
         return Squares(square, most * (1 + 2 * error) ** 2), None
     each = written_out(layer, pairs)
+    if mask is not None and not (_is_plain(layer) and rule.sizes.positions > 1):  # a product is made once in any case
+        each = held(each, mask)
     axis = batch_axis(layer)
     square = over_parts(square_sum(each, each.ndim - axis - 1))
-    if not refold:
+    if mask is not None:
         return Squares(square, square), each
     if layer.tail is not None:
         error += roundings(layer.tail) * roundoff(square.dtype)
@@ -215,12 +218,12 @@ def measure_in_slices(layer: Layer, pairs: list[Pair]) -> Squares:
     rows = pairs[0][0].shape[axes[0]]
     slices = math.gcd(rows, SLICES)
     if slices == 1 or layer.route == "outer":
-        return measure(layer, pairs, True)[0]
+        return measure(layer, pairs, None)[0]
 
     def one(start):
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, rows // slices, axis)  # noqa: E731
         part = [(cut(a, axis), cut(g, axis)) for (a, g), axis in zip(pairs, axes, strict=True)]
-        return measure(layer, part, True)[0]
+        return measure(layer, part, None)[0]
 
     return jax.tree.map(jnp.ravel, jax.lax.map(one, jnp.arange(0, rows, rows // slices)))
 

@@ -52,7 +52,7 @@ def _clip_and_sum(problem: Problem, keep: jax.Array) -> ClippedSum:
     rows = replace_rows(keep, problem.rows)
     losses, aux, grads = jax.vmap(lambda row: _loss_and_grads(problem, row))(rows)
     grads = [held(grad, keep) for grad in grads]
-    squares = _squares(grads, 1)
+    squares = dict(enumerate(_squares(grads, 1)))
     norms, factors = clip_factors(problem, squares)
     by_group = group_norms(problem, squares)
     finite = jnp.isfinite(losses) & jnp.isfinite(norms)

@@ -13,13 +13,14 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.convolution import batched_convolution
-from dpscale.clipping.cut import BILINEAR, Frame, cut
+from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.example import (
     ClippedSum,
     Problem,
@@ -64,8 +65,8 @@ class Split:
     """The traced program of one example, cut; a layer for each trainable leaf; the method that will be used.
 
     `inside[j]` is what the body of layer j's scan computes by itself; `weights` is what its sum reads. `held` are the
-    operands that must be held; `views` the leaves whose gradients are operands of others, reshaped (the bias of a layer
-    that is applied at one position).
+    operands that must be held, since sums are made of them; `views` the leaves whose gradients are operands of others,
+    reshaped (the bias of a layer that is applied at one position).
     """
 
     program: Program
@@ -114,22 +115,26 @@ def split_backward(problem: Problem, method: str) -> Split:
         if found is not None:
             inside[j] = found
     producers, gradients = program.producers(), program.outputs[-count:]
-    rules = [rule for layer in layers for rule in layer.rules]
-    roots = {_root(x, rule.product.frames, producers) for rule in rules for x in rule.operands}
-    views = [j for j, x in enumerate(gradients) if not layers[j].rules and _root(x, (), producers) in roots]
-    held = [x for x in roots if not _is_made_once(x, producers)]
+    roots = [[_root(x, r.product.frames, producers) for r in layer.rules for x in r.operands] for layer in layers]
+    summed = [method == "ghost" or layer.route in ("outer", "ghost") for layer in layers]
+    once = {x for each in roots for x in each if _is_made_once(x, producers)}
+    held = frozenset(x for each, on in zip(roots, summed, strict=True) if on for x in each) - once
+    views = [j for j, x in enumerate(gradients) if not layers[j].rules and _root(x, (), producers) in held | once]
     num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
-    return Split(program, method, layers, num_aux, aux_tree, inside, weights, frozenset(held), frozenset(views))
+    return Split(program, method, layers, num_aux, aux_tree, inside, weights, held, frozenset(views))
 
 
 def _is_made_once(x: Operand, producers: dict[Name, Equation]) -> bool:
     """Whether a compiler makes a value once for all its uses without being told to: a product, moved or not.
 
-    What it makes again in other loops is what costs little there, such as sums and exponentials of single entries.
+    What it makes again in other loops is what costs little there, such as a product over an axis of length 1.
     """
     origin = moved_from(x, producers, MOVES)
     equation = producers.get(origin) if isinstance(origin, Name) else None
-    return equation is not None and equation.operation in BILINEAR[:2]
+    if equation is None or equation.operation != "dot_general":
+        return False
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return prod(equation.inputs[0].shape[i] for i in contracted) > 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,24 +271,23 @@ class Measured:
 def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) -> Measured:
     """Everything that decides the factors. A row's numbers meet no other row's."""
     values = layer_values(parts, rows)
-    nothing = Squares(*[jnp.zeros(problem.mask.shape, jnp.float32)] * 2)
-    squares, each = [nothing] * len(parts.layers), list[jax.Array | None]([None] * len(parts.layers))
+    squares, each = dict[int, Squares](), list[jax.Array | None]([None] * len(parts.layers))
     for places in bundles(parts, problem):
-        first = places[0]  # gets the bundle's square; only sums over the leaves of a group count
+        first = places[0]  # stands for the bundle
         layer, value = parts.layers[first], values[first]
         if isinstance(value, Squares):
             squares[first] = value
         elif layer.rules and refold:
             squares[first] = measure_in_slices(layer, value)
         elif layer.rules:
-            squares[first], each[first] = measure(layer, value, False)
+            squares[first], each[first] = measure(layer, value, problem.mask)
         else:
             written = _written(parts, places, values, problem.mask)
             squares[first] = Squares(*[_joint_square(list(written.values()))] * 2)
             for j in written.keys() - parts.views:  # a view is made again, of what is summed
                 each[j] = written[j]
-    estimates = [x.estimate for x in squares]
-    norms, factors = clip_factors(problem, estimates, [x.upper for x in squares])
+    estimates = {j: x.estimate for j, x in squares.items()}
+    norms, factors = clip_factors(problem, estimates, {j: x.upper for j, x in squares.items()})
     by_group = group_norms(problem, estimates)
     finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms) & jnp.all(jnp.isfinite(jnp.stack(factors)), axis=0)
     good, factors = held((finite & problem.mask, factors), problem.mask)  # or each sum makes its own
