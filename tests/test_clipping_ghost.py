@@ -1,14 +1,16 @@
 """Ghost mode holds nothing of the batch between its passes, and its second pass rounds within what the norm allows."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from dpscale.clipping import ROUNDING_SLACK, PerGroup, clipped_grad, layers, split
+from dpscale.clipping import ROUNDING_SLACK, PerGroup, clipped_grad, engine, layers, rows, split
 from dpscale.clipping.cut import absolute, cut
-from dpscale.clipping.jaxpr import moving_names, run, trace
+from dpscale.clipping.equations import moving_names, run
+from dpscale.clipping.jaxpr import trace
 
 
 def normal(seed, *shape):
@@ -137,17 +139,38 @@ def test_a_stack_of_layers_in_a_scan_takes_the_memory_of_one_pass(monkeypatch):
     plain = temporaries(lambda w, x, mask: jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0))(w, x) * mask))(w))
     ghost = temporaries(lambda w, x, mask: clipped_grad(loss, 1.0, "ghost")(w, x, mask).grad_sum)
     assert ghost <= 1.8 * plain
-    monkeypatch.setattr(split, "_where_any", lambda good, sums: sums())
+    monkeypatch.setattr(engine, "_where_any", lambda good, sums: sums())
     assert temporaries(lambda w, x, mask: clipped_grad(loss, 1.0, "ghost")(w, x, mask).grad_sum) > 2 * plain
+
+
+def test_the_second_pass_has_zeros_of_its_own(monkeypatch):
+    """Both passes take the larger of zero and a value; merged, that array of zeros would be there all the time."""
+
+    def loss(w, x):
+        for kernel in w:
+            x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = nn.avg_pool(jax.nn.relu(x), (2, 2), (2, 2))
+        return jnp.sum(jnp.square(x))
+
+    w, x, mask = [normal(1, 3, 3, 3, 16), normal(2, 3, 3, 16, 16)], normal(3, 32, 1, 32, 32, 3), jnp.ones(32, bool)
+
+    def temporaries():
+        step = jax.jit(lambda w, x, mask: clipped_grad(loss, 1.0, "ghost")(w, x, mask).grad_sum)
+        return step.lower(w, x, mask).compile().memory_analysis().temp_size_in_bytes
+
+    own = temporaries()
+    monkeypatch.setattr(rows, "with_zero", lambda program, zero: program)
+    zeros = 32 * 32 * 32 * 16 * 4
+    assert temporaries() >= own + zeros
 
 
 def test_small_leaves_of_different_groups_are_not_bundled():
     bound = PerGroup({"w": 1.0, "b": 1.0, "scale": 2.0, "shift": 2.0, "out": 1.0, "c": 1.0})
     problem, _ = clipped_grad(norm_and_bias, bound=bound)._problem(PARAMS, normal(7, 2, 9, 12), jnp.ones(2, bool), None)
     parts = split.split_backward(problem, "bookkeeping")
-    for places in split.bundles(parts, problem):
+    for places in engine.bundles(parts, problem):
         assert len({problem.groups[j] for j in places}) == 1
-    assert sorted(j for places in split.bundles(parts, problem) for j in places) == list(range(len(PARAMS)))
+    assert sorted(j for places in engine.bundles(parts, problem) for j in places) == list(range(len(PARAMS)))
 
 
 @jax.custom_vjp

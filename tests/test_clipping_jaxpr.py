@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dpscale.clipping.jaxpr import CHECKED_VERSIONS, Constant, expose, moving_names, run, subprogram, trace, walk
+from dpscale.clipping.equations import Constant, expose, moving_names, run, subprogram, walk
+from dpscale.clipping.jaxpr import CHECKED_VERSIONS, trace
 
 
 def normal(seed, *shape):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from dpscale.clipping import ROUNDING_SLACK, Normalized, clipped_grad, layers, split
-from dpscale.clipping.hold import held
 from dpscale.errors import InputError
 
 POSITIONS, INPUTS, OUTPUTS = 64, 96, 96
@@ -275,13 +274,3 @@ def test_keys_whose_draws_depend_on_other_rows_are_refused():
 def test_normalised_factors_beyond_float32_are_refused():
     with pytest.raises(InputError, match="larger gamma"):
         Normalized(1e25, 1e-20)
-
-
-def test_values_are_held_by_the_means_that_each_compiler_respects():
-    means = {"cpu": "stablehlo.while", "cuda": "stablehlo.optimization_barrier"}
-    traced = jax.jit(jax.vmap(held, (0, None))).trace(jnp.ones((4, 3)), jnp.ones(4, bool))
-    for platform in means:
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert [name for name in means.values() if name in text] == [means[platform]]
-    for x in (jnp.asarray([1.5, -0.0, jnp.nan]), jnp.asarray([True, False])):
-        np.testing.assert_array_equal(jax.jit(held)(x, jnp.ones(4, bool)), x)

@@ -14,6 +14,7 @@ from dpscale.clipping.bounds import Normalized as Normalized
 from dpscale.clipping.bounds import PerGroup as PerGroup
 from dpscale.clipping.bounds import PerPattern as PerPattern
 from dpscale.clipping.bounds import as_bound
+from dpscale.clipping.engine import clipped_sum
 from dpscale.clipping.example import ClippedSum as ClippedSum
 from dpscale.clipping.example import Problem, check_scalar
 from dpscale.clipping.explain import Explanation as Explanation
@@ -21,7 +22,7 @@ from dpscale.clipping.explain import explanation
 from dpscale.clipping.groups import NormGroups as NormGroups
 from dpscale.clipping.groups import by_module as by_module
 from dpscale.clipping.reference import materialize
-from dpscale.clipping.split import clipped_sum, split_backward
+from dpscale.clipping.split import split_backward
 from dpscale.errors import InputError
 
 Method = Literal["auto", "bookkeeping", "ghost", "materialize"]

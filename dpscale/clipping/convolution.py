@@ -20,7 +20,7 @@ import numpy as np
 
 from dpscale.clipping.cut import Product
 from dpscale.clipping.dense import Sizes, scaled_rows
-from dpscale.clipping.jaxpr import Equation, Operand
+from dpscale.clipping.equations import Equation, Operand
 from dpscale.clipping.norms import contract, gram, hidden, square_sum, widened
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dpscale.clipping.equations import Constant, Equation, Name, Operand, Program, Scan, subprogram
 from dpscale.clipping.example import sum_dtype
-from dpscale.clipping.jaxpr import Constant, Equation, Name, Operand, Program, Scan, subprogram
 
 BILINEAR = ("dot_general", "conv_general_dilated", "scatter-add")
 SHAPE_ONLY = ("transpose", "reshape", "convert_element_type", "squeeze", "expand_dims", "copy", "pvary")

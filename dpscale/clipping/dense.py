@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.cut import Product
+from dpscale.clipping.equations import Operand
 from dpscale.clipping.example import sum_dtype
-from dpscale.clipping.jaxpr import Operand
 from dpscale.clipping.norms import contract, gram, hidden, over_parts, row_norms, square_sum
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from dpscale.clipping.cut import Product, is_zeros
 from dpscale.clipping.dense import Sizes, scaled_rows
+from dpscale.clipping.equations import Operand, Program
 from dpscale.clipping.example import sum_dtype
-from dpscale.clipping.jaxpr import Operand, Program
 from dpscale.clipping.norms import gram, row_norms
 
 

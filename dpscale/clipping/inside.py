@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpscale.clipping.equations import Equation, Name
 from dpscale.clipping.example import sum_dtype
 from dpscale.clipping.hold import held
-from dpscale.clipping.jaxpr import Equation, Name
 from dpscale.clipping.layers import Layer, measure, rule_for, sum_factors
 
 

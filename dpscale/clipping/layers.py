@@ -21,9 +21,9 @@ from dpscale.clipping.convolution import Convolution
 from dpscale.clipping.cut import Cut, Product, absolute, roundings
 from dpscale.clipping.dense import Dense, leaf_layout
 from dpscale.clipping.embedding import Embedding
+from dpscale.clipping.equations import Program, run
 from dpscale.clipping.example import sum_dtype
 from dpscale.clipping.hold import held
-from dpscale.clipping.jaxpr import Program, run
 from dpscale.clipping.norms import (
     Squares,
     cross_gram,
