@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpscale.clipping import clipped_grad
+from dpscale.clipping import ROUNDING_SLACK, clipped_grad
 from dpscale.clipping.hold import cleared, held
 
 WIDTH, POSITIONS, ROWS = 16, 24, 4
@@ -79,3 +79,64 @@ def test_inputs_need_not_be_held():
     w = normal(1, WIDTH, WIDTH)
     moved = loops(lambda w, x: jnp.sum(jnp.sin(x.reshape(1, WIDTH) @ w)), w)
     assert moved < loops(lambda w, x: jnp.sum(jnp.sin(jnp.cos(x) @ w)), w)
+
+
+def assert_as_materialized(loss, params, x):
+    mask = jnp.arange(x.shape[0]) != 1
+    expected = jax.jit(clipped_grad(loss, 0.5, "materialize"))(params, x, mask)
+    for method in ("bookkeeping", "ghost"):
+        out = jax.jit(clipped_grad(loss, 0.5, method))(params, x, mask)
+        for ours, right in zip(jax.tree.leaves(out.grad_sum), jax.tree.leaves(expected.grad_sum), strict=True):
+            np.testing.assert_allclose(ours, right, atol=1e-4 * float(jnp.max(jnp.abs(right))))
+
+
+@pytest.mark.parametrize("rows", [5, 6])
+def test_a_value_that_is_an_operand_inside_and_outside_of_a_scan(rows):
+    """It is kept for both, with the batch axis in another place; with as many rows as rounds shapes would not tell."""
+
+    def loss(p, x):
+        h, ys = jax.lax.scan(lambda h, xt: (jnp.tanh(xt @ p["in"] + h @ p["state"]),) * 2, jnp.zeros(4), x)
+        z, _ = jax.lax.scan(lambda z, y: (jnp.tanh(y @ p["next"] + z), None), h, ys)
+        return jnp.sum(z) + jnp.sum(jnp.sin(x @ p["out"])) + jnp.sum(jnp.cos(ys @ p["next"]))
+
+    shapes = {"in": (3, 4), "state": (4, 4), "out": (3, 5), "next": (4, 4)}
+    params = {name: normal(i, *shape) * 0.5 for i, (name, shape) in enumerate(shapes.items())}
+    assert_as_materialized(loss, params, normal(9, rows, 6, 3))
+
+
+def test_reshapes_that_permute_are_no_plain_reshapes():
+    def loss(w, x):
+        return jnp.sum(jnp.sin(jax.lax.reshape(x, (3, 2), dimensions=(1, 0)) @ w))
+
+    assert_as_materialized(loss, normal(1, 2, 4), normal(2, 5, 2, 3))
+
+
+@pytest.mark.parametrize("aux", ["hidden", "both", "mean", "none"])
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_an_auxiliary_output_does_not_part_the_two_passes(method, aux):
+    """The second pass has no use for it; left out there, the compiler put the pass together otherwise, and where
+    cotangents are rounding noise a contribution was 1.46 of the bound."""
+    width, rows = 13, 8
+
+    def norm(x):
+        x = x - jnp.mean(x, -1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+
+    def act(x):
+        return x * jax.nn.sigmoid(x) + jnp.tanh(x) * jnp.exp(-x * x)
+
+    def loss(p, x):
+        h = act(x @ p["w"] + p["b"])
+        out = norm(act(norm(h) * p["scale"]))
+        return 1e9 * jnp.sum(out), {"hidden": h, "both": (h, out), "mean": jnp.mean(h), "none": None}[aux]
+
+    params = {"w": normal(1, width, width), "b": normal(2, width), "scale": normal(3, width)}
+    x = normal(4, rows, 7, width)
+    clipped = jax.jit(clipped_grad(loss, 1.0, method, has_aux=True))
+    for i in range(rows):
+        out = clipped(params, x, jnp.arange(rows) == i)
+        sums = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(out.grad_sum)]
+        assert 0.9 <= np.sqrt(sum(np.sum(np.square(leaf)) for leaf in sums)) <= 1 + ROUNDING_SLACK
+        for leaf in jax.tree.leaves(out.aux):
+            assert np.all(np.asarray(leaf)[np.arange(rows) != i] == 0)
+            assert np.any(np.asarray(leaf)[i])

@@ -149,7 +149,7 @@ def leaf_layout(product: Product) -> list[Axis] | None:
         if step.operation == "transpose":
             axes = [axes[i] for i in step.params["permutation"]]
         elif step.operation in ("reshape", "squeeze", "expand_dims"):
-            axes = _reshaped(axes, step.outputs[0].shape)
+            axes = None if step.permutes else _reshaped(axes, step.outputs[0].shape)
             if axes is None:
                 return None
     return [axis for axis in axes if axis[2] > 1]

@@ -25,7 +25,14 @@ from dpscale.clipping.example import (
     sum_dtype,
 )
 from dpscale.clipping.hold import held
-from dpscale.clipping.layers import measure, measure_in_slices, sum_factors, sum_written_out
+from dpscale.clipping.layers import (
+    UNSLICED_SHARE,
+    measure,
+    measure_in_slices,
+    operand_floats,
+    sum_factors,
+    sum_written_out,
+)
 from dpscale.clipping.norms import Squares, square_sum
 from dpscale.clipping.rows import Evaluated, evaluate_rows, layer_values, without_bad_rows
 from dpscale.clipping.split import Split, split_backward
@@ -61,13 +68,14 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) 
     """Everything that decides the factors. A row's numbers meet no other row's."""
     values = layer_values(parts, rows)
     squares, each = dict[int, Squares](), list[jax.Array | None]([None] * len(parts.layers))
+    room = UNSLICED_SHARE * sum(map(operand_floats, parts.layers))
     for places in bundles(parts, problem):
         first = places[0]  # stands for the bundle
         layer, value = parts.layers[first], values[first]
         if isinstance(value, Squares):
             squares[first] = value
         elif layer.rules and refold:
-            squares[first] = measure_in_slices(layer, value)
+            squares[first] = measure_in_slices(layer, value, room)
         elif layer.rules:
             squares[first], each[first] = measure(layer, value, problem.mask)
         else:
@@ -140,25 +148,36 @@ def ghost(problem: Problem, parts: Split) -> ClippedSum:
     again = replace(problem, rows=replace_rows(found.good, problem.rows))
     factors = [jnp.where(found.good, factor, 0) for factor in found.factors]
     if any(rule.product.frames for layer in parts.layers for rule in layer.rules):
-        sums = _where_any(found.good, lambda: _sum_again(again, parts, found, factors))
+        second = _where_any(found.good, lambda: _sum_again(again, parts, found, factors))
     else:
-        sums = [jnp.where(jnp.any(found.good), x, 0) for x in _sum_again(again, parts, found, factors)]
-    return _result(problem, rows, found, sums)
+        second = _sum_again(again, parts, found, factors)
+    sums, losses, aux = jax.tree.map(
+        lambda x, first: jnp.where(jnp.any(found.good), x, first),
+        second,
+        ([jnp.zeros((), x.dtype) for x in second[0]], rows.losses, rows.aux),
+    )
+    return _result(problem, replace(rows, losses=losses, aux=aux), found, sums)
 
 
-def _sum_again(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> list[jax.Array]:
-    """The clipped sums from operands made again. No row is bad any more, so nothing is selected away.
+Second = tuple[list[jax.Array], jax.Array, Any]
 
-    The barrier keeps the compiler from holding the first pass's operands instead of making them again.
+
+def _sum_again(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> Second:
+    """The clipped sums from operands made again; and the losses and the auxiliary output, also made again: were they
+    not asked for, the compiler would put this pass together in another way than the first one, and round otherwise.
+
+    No row is bad any more, so nothing is selected away. The barrier keeps the compiler from holding the first pass's
+    operands instead of making them again.
     """
     rows, factors = jax.lax.optimization_barrier((again.rows, factors))
     everything = replace(found, factors=factors, good=jnp.ones_like(found.good), each=[None] * len(found.each))
     again = replace(again, rows=rows)
-    return sum_rows(parts, again, everything, evaluate_rows(parts, again, factors))
+    evaluated = evaluate_rows(parts, again, factors)
+    return sum_rows(parts, again, everything, evaluated), evaluated.losses, evaluated.aux
 
 
-def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax.Array]:
-    """The second pass; zeros without any good row, since then nothing replaced the bad ones.
+def _where_any(good: jax.Array, second: Callable[[], Second]) -> Second:
+    """The second pass, in a branch that is taken where there is any good row to replace the bad ones.
 
     A branch has its own buffers. In one stretch with the first pass, the compiler would merge the zeros that the scans
     of both passes begin with, and hold them all the time. (Without scans a branch would only cost: XLA's CPU backend
@@ -167,9 +186,9 @@ def _where_any(good: jax.Array, sums: Callable[[], list[jax.Array]]) -> list[jax
 
     def nothing():
         zero = (good[0] & False).astype(jnp.float32)  # inside shard_map it varies as the sums do
-        return [jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in jax.eval_shape(sums)]
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype), jax.eval_shape(second))
 
-    return jax.lax.cond(jnp.any(good), sums, nothing)
+    return jax.lax.cond(jnp.any(good), second, nothing)
 
 
 def _result(problem: Problem, rows: Evaluated, found: Measured, sums: list[jax.Array]) -> ClippedSum:

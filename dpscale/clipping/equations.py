@@ -47,6 +47,11 @@ class Equation:
     apply: Callable[..., Any]
     body: "Program | None" = None
 
+    @property
+    def permutes(self) -> bool:
+        """Whether it is a reshape that first puts the axes in another order."""
+        return self.operation == "reshape" and self.params.get("dimensions") is not None
+
 
 @dataclass(eq=False)
 class Program:
@@ -79,6 +84,11 @@ class Scan:
     def of(cls, equation: Equation) -> "Scan":
         assert equation.body is not None
         return cls(equation, equation.body, equation.params["num_consts"], equation.params["num_carry"])
+
+    @property
+    def rounds(self) -> int:
+        """How often the loop runs: 1 where it is unrolled whole."""
+        return -(-self.equation.params["length"] // max(1, int(self.equation.params["unroll"])))
 
     def carry_input(self, j: int) -> Name:
         return self.body.inputs[self.consts + j]
@@ -208,30 +218,10 @@ def moved_from(x: Operand, producers: dict[Name, Equation], moves: Collection[st
     """The value whose entries x holds in another shape: x itself, or what a chain of `moves` begins with."""
     while isinstance(x, Name) and (equation := producers.get(x)) is not None:
         source = equation.inputs[0] if equation.operation in moves else None
-        if source is None or prod(source.shape) != prod(x.shape):
+        if source is None or prod(source.shape) != prod(x.shape) or equation.permutes:
             break
         x = source
     return x
-
-
-def passing(program: Program, names: Collection[Operand], through: Callable[[Any], Any]) -> Program:
-    """The program with these values passed `through` a function before anything uses them.
-
-    Values inside the bodies of scans, and what scans give, stay as they are.
-    """
-
-    def passed(equation: Equation) -> Equation:
-        if equation.body is not None or not any(x in names for x in equation.outputs):
-            return equation
-
-        def apply(*values):
-            results = equation.apply(*values)
-            results = results if isinstance(results, (tuple, list)) else [results]
-            return [through(x) if y in names else x for x, y in zip(results, equation.outputs, strict=True)]
-
-        return replace(equation, apply=apply)
-
-    return replace(program, equations=[passed(x) for x in program.equations])
 
 
 UNROUNDED = ("max", "min")
@@ -255,25 +245,21 @@ def with_zero(program: Program, zero: jax.Array) -> Program:
     return replace(program, equations=[own(x) for x in program.equations])
 
 
-def run(program: Program, *args: Any) -> list[Any]:
-    """The program's outputs for these inputs."""
-    return evaluate(program, dict(zip(program.inputs, args, strict=True)), program.outputs)
-
-
-def evaluate(program: Program, known: dict[Name, Any], outputs: Sequence[Operand]) -> list[Any]:
-    """The values of `outputs` from known values, by every equation whose inputs are known."""
-    env = dict(known)
+def run(program: Program, *args: Any, through: Callable[[Name, Any], Any] | None = None) -> list[Any]:
+    """The program's outputs for these inputs. Each value passes `through` a function before anything uses it; those
+    inside the bodies of scans do not."""
+    env: dict[Name, Any] = dict(zip(program.inputs, args, strict=True))
 
     def value(x: Operand) -> Any:
         return x.value if isinstance(x, Constant) else env[x]
 
     for equation in program.equations:
-        if all(isinstance(x, Constant) or x in env for x in equation.inputs):
-            apply = equation.apply if equation.body is None else _loop(equation)
-            results = apply(*map(value, equation.inputs))
-            results = results if isinstance(results, (tuple, list)) else [results]
-            env.update(zip(equation.outputs, results, strict=True))
-    return [value(x) for x in outputs]
+        apply = equation.apply if equation.body is None else _loop(equation)
+        results = apply(*map(value, equation.inputs))
+        results = results if isinstance(results, (tuple, list)) else [results]
+        for name, result in zip(equation.outputs, results, strict=True):
+            env[name] = result if through is None else through(name, result)
+    return [value(x) for x in program.outputs]
 
 
 def _loop(equation: Equation) -> Callable[..., list[Any]]:

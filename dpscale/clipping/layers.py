@@ -103,6 +103,10 @@ written and two read. GPU: 33 TMAC/s of float32 against 0.8 Tfloat/s (H100's dat
 SLICES = 8
 """Ghost mode takes the norms of at most this many slices of the batch, one after the other."""
 
+UNSLICED_SHARE = 1 / 32
+"""It takes the whole batch at once where what a norm needs is at most this share of the layers' operands: a loop over
+slices has a price, when it is compiled and when it is run."""
+
 HELD_SHARE = 2.3
 """Book-keeping may hold written-out gradients of this many times the size of the layers' operands."""
 
@@ -212,12 +216,15 @@ def _tail_spread(layer: Layer, pairs: list[Pair]) -> jax.Array:
     return jnp.sqrt(square_sum(bounds, bounds.ndim - 1))
 
 
-def measure_in_slices(layer: Layer, pairs: list[Pair]) -> Squares:
-    """The squares of `measure`, for a sum that is taken elsewhere: a slice of the batch at a time bounds the memory."""
+def measure_in_slices(layer: Layer, pairs: list[Pair], room: float) -> Squares:
+    """The squares of `measure`, for a sum that is taken elsewhere.
+
+    Where one example's norm needs more than `room` floats, a slice of the batch at a time bounds the memory.
+    """
     axes = [len(rule.product.frames) for rule in layer.rules]
     rows = pairs[0][0].shape[axes[0]]
     slices = math.gcd(rows, SLICES)
-    if slices == 1 or layer.route == "outer":
+    if slices == 1 or norm_floats(layer) <= room:
         return measure(layer, pairs, None)[0]
 
     def one(start):
@@ -226,6 +233,14 @@ def measure_in_slices(layer: Layer, pairs: list[Pair]) -> Squares:
         return measure(layer, part, None)[0]
 
     return jax.tree.map(jnp.ravel, jax.lax.map(one, jnp.arange(0, rows, rows // slices)))
+
+
+def norm_floats(layer: Layer) -> int:
+    """Size of what one example's norm is taken from: its gradient, or its tables."""
+    if layer.route == "outer":
+        return 0
+    positions = sum(rule.sizes.positions for rule in layer.rules)
+    return gradient_floats(layer) if layer.route == "instantiated" else 2 * layer.rules[0].sizes.parts * positions**2
 
 
 def batch_axis(layer: Layer) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.cut import Frame
-from dpscale.clipping.equations import Constant, Operand, expose, passing, run, with_zero
+from dpscale.clipping.equations import Name, Operand, expose, run, with_zero
 from dpscale.clipping.example import Problem
 from dpscale.clipping.hold import cleared, held
 from dpscale.clipping.norms import Squares, over_parts
@@ -24,7 +24,7 @@ class Evaluated:
 
     losses: jax.Array
     aux: Any
-    kept: dict[Operand, jax.Array]
+    kept: dict[tuple[Operand, int | None], jax.Array]
 
 
 def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | None = None) -> Evaluated:
@@ -34,31 +34,36 @@ def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | Non
     """
     program, count = parts.program, len(problem.leaves)
     heads, producers = program.outputs[: 1 + parts.num_aux], program.producers()
-    asked: dict[Operand, int | None] = {}
+    asked: dict[tuple[Operand, int | None], None] = {}
     for j, (layer, gradient) in enumerate(zip(parts.layers, program.outputs[-count:], strict=True)):
-        depth = len(layer.rules[0].product.frames) if j in parts.inside else 0
-        if j in parts.inside and factors is not None:
-            asked[parts.inside[j].total] = None  # a sum over the rows already
-        elif j in parts.inside:
-            asked |= dict.fromkeys(parts.inside[j].squares, depth)
-        elif not layer.rules:
-            asked[root_of(gradient, (), producers)] = 0
-        for rule in layer.rules if j not in parts.inside else ():
-            for x in rule.operands:
-                root = root_of(x, rule.product.frames, producers)
-                asked[root] = 0 if isinstance(root, Constant) else len(rule.product.frames)
-    short = passing(expose(program, [*heads, *asked]), parts.held, lambda x: held(x, problem.mask))
+        inside = parts.inside.get(j)
+        if inside is not None:
+            depth = len(layer.rules[0].product.frames)
+            asked |= dict.fromkeys(
+                [(inside.total, None)] if factors is not None else [(x, depth) for x in inside.squares]
+            )
+        elif layer.rules:
+            asked |= {root_of(x, rule.product.frames, producers): None for rule in layer.rules for x in rule.operands}
+        else:
+            asked[root_of(gradient, (), producers)] = None
+    short = expose(program, [*heads, *(x for x, _ in asked)])
     if factors is not None:  # or the compiler merges the arrays of zeros of both passes, and keeps them all the time
         short = with_zero(short, held(jnp.zeros(()), problem.mask))
+    early = {x for x, _ in parts.held} | {x for x in heads if parts.method == "ghost"}  # in both passes alike
+    late = {(x, depth) for x, depth in parts.held if isinstance(x, Name) and x not in {*producers, *program.inputs}}
+
+    def through(name, value):
+        return held(value, problem.mask) if name in early else value
 
     def one(row, factors):
         parts.weights.factors, parts.weights.good = factors, jnp.ones((), bool)
-        return tuple(run(short, *problem.leaves, *row))
+        values = run(short, *problem.leaves, *row, through=through)
+        kept = zip(asked, values[len(heads) :], strict=True)  # `late`: from inside of scans that are no loops
+        return tuple(values[: len(heads)]), tuple(held(x, problem.mask) if root in late else x for root, x in kept)
 
-    depths = (*[0] * len(heads), *asked.values())
-    results = jax.vmap(one, out_axes=depths)(jax.tree.leaves(problem.rows), factors)
-    aux = parts.aux_tree.unflatten(results[1 : len(heads)])
-    return Evaluated(results[0], aux, dict(zip(asked, results[len(heads) :], strict=True)))
+    depths = tuple(depth for _, depth in asked)
+    first, kept = jax.vmap(one, out_axes=(0, depths))(jax.tree.leaves(problem.rows), factors)
+    return Evaluated(first[0], parts.aux_tree.unflatten(first[1:]), dict(zip(asked, kept, strict=True)))
 
 
 def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
@@ -67,21 +72,20 @@ def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
     producers = parts.program.producers()
 
     def value(x: Operand, frames: tuple[Frame, ...]) -> jax.Array:
-        root = root_of(x, frames, producers)
-        kept = rows.kept[root]
+        root, depth = root_of(x, frames, producers)
+        kept = rows.kept[root, depth]
         if not frames:
             return kept.reshape(kept.shape[0], *x.shape)
-        return (
-            jnp.broadcast_to(kept, (*(f.length for f in frames), *kept.shape)) if isinstance(root, Constant) else kept
-        )
+        return kept if depth else jnp.broadcast_to(kept, (*(f.length for f in frames), *kept.shape))  # a constant
 
     values: list[Any] = []
     for j, (layer, gradient) in enumerate(zip(parts.layers, parts.program.outputs[-len(parts.layers) :], strict=True)):
         inside = parts.inside.get(j)
-        if inside is not None and inside.total in rows.kept:
-            values.append(layer.rules[0].product.finish(rows.kept[inside.total]))
+        if inside is not None and (inside.total, None) in rows.kept:
+            values.append(layer.rules[0].product.finish(rows.kept[inside.total, None]))
         elif inside is not None:
-            values.append(Squares(*[over_parts(rows.kept[x]) for x in inside.squares]))
+            depth = len(layer.rules[0].product.frames)
+            values.append(Squares(*[over_parts(rows.kept[x, depth]) for x in inside.squares]))
         elif layer.rules:
             at = [(rule.product, [value(x, rule.product.frames) for x in rule.operands]) for rule in layer.rules]
             values.append([product.scaled(*pair) for product, pair in at])
@@ -96,11 +100,9 @@ def without_bad_rows(parts: Split, rows: Evaluated, good: jax.Array, summed: Col
     `summed`: the layers whose sums are made of operands. Second operands are scaled by the factors, and bad rows are
     selected away in passing.
     """
-    producers, axes = parts.program.producers(), {}
-    for j in summed:
-        for rule in parts.layers[j].rules:
-            root, depth = root_of(rule.operands[0], rule.product.frames, producers), len(rule.product.frames)
-            if jnp.issubdtype(rows.kept[root].dtype, jnp.inexact):
-                axes[root] = 0 if isinstance(root, Constant) else depth
-    clean = cleared([rows.kept[x] for x in axes], good, tuple(axes.values()))
-    return replace(rows, kept=rows.kept | dict(zip(axes, clean, strict=True)))
+    producers = parts.program.producers()
+    rules = [rule for j in summed for rule in parts.layers[j].rules]
+    roots = dict.fromkeys(root_of(rule.operands[0], rule.product.frames, producers) for rule in rules)
+    roots = [root for root in roots if jnp.issubdtype(rows.kept[root].dtype, jnp.inexact)]
+    clean = cleared([rows.kept[root] for root in roots], good, tuple(depth for _, depth in roots))
+    return replace(rows, kept=rows.kept | dict(zip(roots, clean, strict=True)))

@@ -13,11 +13,25 @@ import jax.numpy as jnp
 
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
-from dpscale.clipping.equations import MOVES, Constant, Equation, Name, Operand, Program, moved_from, moving_names, walk
+from dpscale.clipping.equations import (
+    MOVES,
+    Constant,
+    Equation,
+    Name,
+    Operand,
+    Program,
+    Scan,
+    moved_from,
+    moving_names,
+    walk,
+)
 from dpscale.clipping.example import Problem
 from dpscale.clipping.inside import Inside, RowWeights, taken_inside
 from dpscale.clipping.jaxpr import trace
 from dpscale.clipping.layers import Layer, choose_routes, layer_for
+
+Root = tuple[Operand, int]
+"""A value that is kept, and how many scan axes it has in front of its batch axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +50,7 @@ class Split:
     aux_tree: Any
     inside: dict[int, Inside]
     weights: RowWeights
-    held: frozenset[Operand]
+    held: frozenset[Root]
     views: frozenset[int]
 
 
@@ -75,32 +89,43 @@ def split_backward(problem: Problem, method: str) -> Split:
         if found is not None:
             inside[j] = found
     producers, gradients = program.producers(), program.outputs[-count:]
-    roots = [[root_of(x, r.product.frames, producers) for r in layer.rules for x in r.operands] for layer in layers]
-    summed = [method == "ghost" or layer.route in ("outer", "ghost") for layer in layers]
-    once = {x for each in roots for x in each if _is_made_once(x, producers)}
-    held = frozenset(x for each, on in zip(roots, summed, strict=True) if on for x in each) - once
+    rules = [(rule, on) for layer, on in zip(layers, _summed(layers, method), strict=True) for rule in layer.rules]
+    found = [(x, rule.product.frames, on) for rule, on in rules for x in rule.operands]
+    once = {root_of(x, frames, producers) for x, frames, _ in found if _is_made_once(x, frames, producers)}
+    held = frozenset(root_of(x, frames, producers) for x, frames, on in found if on) - once
     views = [j for j, x in enumerate(gradients) if not layers[j].rules and root_of(x, (), producers) in held | once]
     num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
     return Split(program, method, layers, num_aux, aux_tree, inside, weights, held, frozenset(views))
 
 
-def _is_made_once(x: Operand, producers: dict[Name, Equation]) -> bool:
-    """Whether a compiler makes a value once for all its uses without being told to: a product, moved or not.
+def _summed(layers: list[Layer], method: str) -> list[bool]:
+    """Which layers' sums are made of their operands, and not of what was written out."""
+    return [method == "ghost" or layer.route in ("outer", "ghost") for layer in layers]
 
-    What it makes again in other loops is what costs little there, such as a product over an axis of length 1.
+
+def _is_made_once(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> bool:
+    """Whether a compiler makes a value once without being told to: a product, moved or not; what comes out of a loop.
+
+    What it makes again is what costs little, as does a product over an axis of length 1. One round is no loop.
     """
-    origin = moved_from(x, producers, MOVES)
+    if any(frame.scan.rounds > 1 for frame in frames):
+        return True
+    origin = moved_from(_outermost(x, frames), producers, MOVES)
     equation = producers.get(origin) if isinstance(origin, Name) else None
-    if equation is None or equation.operation != "dot_general":
+    if equation is None or equation.body is not None:
+        return equation is not None and Scan.of(equation).rounds > 1
+    if equation.operation != "dot_general":
         return False
     (contracted, _), _ = equation.params["dimension_numbers"]
     return prod(equation.inputs[0].shape[i] for i in contracted) > 1
 
 
-def root_of(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> Operand:
-    """The value that is kept for an operand or a gradient: where it is not in a scan, what it is a reshape of."""
+def root_of(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> Root:
+    """What is kept for an operand or a gradient: where it is not in a scan, the value that it is a reshape of."""
     root = _outermost(x, frames)
-    return root if frames else moved_from(root, producers)
+    if not frames:
+        return moved_from(root, producers), 0
+    return root, 0 if isinstance(root, Constant) else len(frames)
 
 
 def _outermost(x: Operand, frames: tuple[Frame, ...]) -> Operand:
