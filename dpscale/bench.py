@@ -22,10 +22,10 @@ from dpscale.data.source import SourceMetadata
 from dpscale.errors import InputError
 from dpscale.models.registry import build_model, is_language_model
 from dpscale.task import Task, build_task
+from dpscale.turns import in_turn
 
 BASELINE = "nonprivate"
 METHODS = (BASELINE, "auto", "bookkeeping", "ghost", "materialize")
-TURN_S = 0.3
 BYTES = 256  # the vocabulary of a language model that takes its data's
 
 
@@ -51,8 +51,7 @@ def compare(
 ) -> dict[str, Cost]:
     """The cost of each step function on the same arguments; ratios are to the fastest of `baselines`.
 
-    In each of `repeats` turns a method runs for `TURN_S` or once, whichever is longer, after as long a warm-up: the one
-    before may have taken gigabytes, and left caches and freed pages behind in a state that costs the next one.
+    Methods take `repeats` turns (`in_turn`).
     """
     programs, traced, compiled = {}, {}, {}
     for name, step in steps.items():
@@ -63,11 +62,8 @@ def compare(
         programs[name] = lowered.compile()
         traced[name], compiled[name] = middle - begin, time.perf_counter() - middle
         jax.block_until_ready(programs[name](*arguments))
-    seen: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            _turn(program, arguments)
-            seen[name] += _turn(program, arguments)
+    calls = {name: lambda x=program: jax.block_until_ready(x(*arguments)) for name, program in programs.items()}
+    seen = in_turn(calls, repeats)
     median = {name: statistics.median(times) for name, times in seen.items()}
     memory = {name: _temporaries(program) for name, program in programs.items()}
     base = min(baselines, key=lambda name: median[name])
@@ -84,16 +80,6 @@ def compare(
         )
         for name in steps
     }
-
-
-def _turn(program: Callable[..., Any], arguments: Sequence[Any]) -> list[float]:
-    """Seconds of each call."""
-    times: list[float] = []
-    while not times or sum(times) < TURN_S:
-        begin = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        times.append(time.perf_counter() - begin)
-    return times
 
 
 def _temporaries(program: Any) -> int:

@@ -110,6 +110,27 @@ def test_low_precision_compute_keeps_float32_sums_and_the_bound(method):
         assert np.mean(np.asarray(out.grad_sum != rounded)) > 0.9  # a sum rounded to bf16 would be equal
 
 
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@pytest.mark.parametrize("positions", [1, 5])
+def test_8_bit_floats_are_summed_in_float32_within_the_bound(method, dtype, positions):
+    """jax.grad rounds the weight's gradient to 8 bits; the sums of the rules are not rounded."""
+
+    def loss(w, x):
+        y = jax.lax.dot(x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+        return jnp.sum(jnp.sin(y))
+
+    w, x = jax.random.normal(jax.random.key(0), (6, 7)), jax.random.normal(jax.random.key(1), (4, positions, 6))
+    expected = jax.jit(clipped_grad(loss, 0.7, "materialize"))(w, x, jnp.ones(4, bool))
+    assert float(expected.norms.min()) > 0.7
+    out = jax.jit(clipped_grad(loss, 0.7, method))(w, x, jnp.ones(4, bool))
+    np.testing.assert_allclose(out.norms, expected.norms, rtol=float(jnp.finfo(dtype).eps) / 2)
+    for row in range(4):
+        one = jax.jit(clipped_grad(loss, 0.7, method))(w, x, jnp.arange(4) == row).grad_sum
+        assert one.dtype == jnp.float32
+        assert 0.5 <= np.linalg.norm(np.asarray(one, np.float64)) <= 0.7 * (1 + ROUNDING_SLACK)
+
+
 def test_one_row_batches_and_batches_without_good_rows():
     a, g = adversarial(0.0)
     w = jnp.zeros((INPUTS, OUTPUTS), jnp.float32)

@@ -9,11 +9,24 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpscale.clipping import clipped_grad
-from dpscale.clipping.row_sum import SHORT_ROW, row_sum
+from dpscale.clipping.row_sum import SHORT_ROW, row_sums
 
 ROWS = 6
 GOOD = np.arange(ROWS) != 1
 FORMS = [((ROWS, 3, 5), 0), ((ROWS, SHORT_ROW), 0), ((2, ROWS, 3), 1), ((2, ROWS, SHORT_ROW), 1)]
+
+
+def row_sum(each, axis, factor, good):
+    return row_sums([each], [axis], [factor], [0], good)[0]
+
+
+def test_each_array_has_its_groups_factors():
+    arrays = [jnp.full((*shape[:axis], ROWS, *shape[axis + 1 :]), j + 1.0) for j, (shape, axis) in enumerate(FORMS)]
+    axes, factors = [axis for _, axis in FORMS], [jnp.arange(ROWS) * 1.0, jnp.ones(ROWS)]
+    found = row_sums(arrays, axes, factors, [0, 1, 1, 0], jnp.asarray(GOOD))
+    for total, expected in zip(found, (1 * 14, 2 * 5, 3 * 5, 4 * 14), strict=True):
+        np.testing.assert_array_equal(total, np.full(total.shape, expected))
+    assert row_sums([], [], factors, [], jnp.asarray(GOOD)) == []
 
 
 @pytest.mark.parametrize(("shape", "axis"), FORMS)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each layer may import from those before it, and from itself.
 LAYERS = [
-    ["dpscale.errors", "dpscale.durable", "dpscale.manifest", "dpscale.weights"],
+    ["dpscale.errors", "dpscale.durable", "dpscale.manifest", "dpscale.turns", "dpscale.weights"],
     ["dpscale.config"],
     ["dpscale.privacy"],
     ["dpscale.sampling"],

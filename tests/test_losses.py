@@ -64,7 +64,9 @@ def test_a_texts_loss_is_the_mean_over_the_positions_that_count():
 
 
 def test_language_model_metrics_count_the_positions_that_are_right():
-    apply = lambda params, ids, key: params[ids]  # noqa: E731
+    def apply(params, ids, key):
+        return params[ids]
+
     table = jnp.array([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [jnp.nan, 1.0, 2.0]])
     example = {"features": jnp.array([0, 1, 0, 2, 1]), "label": jnp.array([1, 0, 2, 2, -1])}
     found = language_model_metrics(apply)(table, example)

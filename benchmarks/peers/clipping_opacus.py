@@ -1,9 +1,9 @@
 """Opacus' clipping on the architectures of benchmarks/clipping_models.py, in PyTorch, next to its own plain SGD.
 
-    PYTHONPATH=. .venv-peers/bin/python benchmarks/peers/clipping_opacus.py [MODEL ...] [--repeats 7]
+    PYTHONPATH=. .venv-peers/bin/python benchmarks/peers/clipping_opacus.py [MODEL ...] [--repeats 5]
 
-Runs in an environment of its own (torch, opacus; no jax, and of dpscale only what describes the machine). "hooks" is
-GradSampleModule with per-sample gradients that are then clipped and summed; "ghost" is
+Runs in an environment of its own (torch, opacus; no jax, and of dpscale only what times turns and describes the
+machine). "hooks" is GradSampleModule with per-sample gradients that are then clipped and summed; "ghost" is
 GradSampleModuleFastGradientClipping with its two backward passes. Times are medians of steps taken in turn, without the
 optimizer. Writes benchmarks/results/clipping-opacus-MODEL.json. A model that Opacus refuses is recorded with its
 message.
@@ -11,10 +11,10 @@ message.
 
 # pyright: reportMissingImports=false
 import argparse
+import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import itertools
-
 from machine import machine
+
+from dpscale.turns import in_turn
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -108,9 +108,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Without the position embedding, a bare parameter, for which Opacus has no rule."""
 
-    def __init__(self):
+    def __init__(self, patch: int = 4):
         super().__init__()
-        self.patch = nn.Conv2d(3, 192, 4, 4)
+        self.patch = nn.Conv2d(3, 192, patch, patch)
         self.blocks = nn.Sequential(*(Block(192, 3) for _ in range(12)))
         self.norm, self.head = nn.LayerNorm(192), nn.Linear(192, 10)
 
@@ -122,30 +122,38 @@ class ViT(nn.Module):
 class LanguageModel(nn.Module):
     """Its output layer is not tied to the embedding (Opacus has no tied weights) and it has no position embedding."""
 
-    def __init__(self):
+    def __init__(self, depth: int = 4):
         super().__init__()
         self.embed, self.head = nn.Embedding(256, 256), nn.Linear(256, 256, bias=False)
-        self.blocks, self.norm = nn.Sequential(*(Block(256, 4, True) for _ in range(4))), nn.LayerNorm(256)
+        self.blocks, self.norm = nn.Sequential(*(Block(256, 4, True) for _ in range(depth))), nn.LayerNorm(256)
 
     def forward(self, ids):
         return self.head(self.norm(self.blocks(self.embed(ids))))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "mlp": (MLP, 64, 0),
-    "cnn": (CNN, 64, 0),
-    "wrn-16-4": (WideResNet, 16, 0),
-    "vit-tiny": (ViT, 16, 0),
+IMAGES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "mlp": (MLP, 64, 32),
+    "cnn": (CNN, 64, 32),
+    "wrn-16-4": (WideResNet, 16, 32),
+    "vit-tiny-4": (ViT, 16, 32),
+    "vit-tiny-16": (lambda: ViT(patch=16), 6, 224),
+}
+TEXTS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "lm-128": (LanguageModel, 16, 128),
     "lm-1024": (LanguageModel, 2, 1024),
+    "scan-lm": (lambda: LanguageModel(depth=6), 16, 128),  # PyTorch has no loop over layers: a stack
 }
+NAMES = [*IMAGES, *TEXTS]
 
 
-def data(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if length:
-        text = torch.randint(0, 256, (batch, length + 1))
-        return text[:, :-1], text[:, 1:]
-    return torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+def workload(name: str) -> tuple[Callable[[], nn.Module], torch.Tensor, torch.Tensor]:
+    """How the named model is made, and random inputs and targets."""
+    if name in IMAGES:
+        make, batch, side = IMAGES[name]
+        return make, torch.randn(batch, 3, side, side), torch.randint(0, 10, (batch,))
+    make, batch, length = TEXTS[name]
+    text = torch.randint(0, 256, (batch, length + 1))
+    return make, text[:, :-1].contiguous(), text[:, 1:].contiguous()  # Opacus takes views of them
 
 
 def example_losses(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -180,6 +188,7 @@ class _Clipped:
     """What DPLossFastGradientClipping wants of an optimizer."""
 
     expected_batch_size = 1
+    loss_reduction = "sum"
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -208,8 +217,7 @@ def ghost_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[
 
 
 def measure(name: str, repeats: int) -> dict[str, Any]:
-    make, batch, length = MODELS[name]
-    x, y = data(batch, length)
+    make, x, y = workload(name)
     steps, report = {}, {}
     for method, build in {"sgd": sgd_step, "hooks": hooks_step, "ghost": ghost_step}.items():
         torch.manual_seed(0)
@@ -220,23 +228,18 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
             report[method] = {"refused": f"{type(error).__name__}: {error}"[:300]}
             continue
         steps[method] = step
-    times: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(repeats):
-        for method, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            times[method].append(time.perf_counter() - begin)
+    times = in_turn(steps, repeats)
     base = statistics.median(times["sgd"])
     for method, seen in times.items():
         median = statistics.median(seen)
         report[method] = {"time_s": median, "fastest_s": min(seen), "slowest_s": max(seen), "times_sgd": median / base}
-    return {"model": name, "batch": batch, "methods": report}
+    return {"model": name, "batch": x.shape[0], "methods": report}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("models", nargs="*", default=NAMES, metavar="MODEL", help=", ".join(NAMES))
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     about = {"machine": machine(), "torch": torch.__version__, "opacus": opacus.__version__}
     for name in arguments.models:

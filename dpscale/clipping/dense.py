@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dpscale.clipping.cut import Product
 from dpscale.clipping.equations import Operand
 from dpscale.clipping.example import sum_dtype
-from dpscale.clipping.norms import contract, gram, hidden, over_parts, row_norms, square_sum
+from dpscale.clipping.norms import contract, factor_dtype, gram, hidden, over_parts, row_norms, square_sum
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,9 @@ def as_matrix(
 
 
 def scaled_rows(x: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-    """x times factor in at least float32, rounded once to x's own precision; zero where not good.
-
-    Not to float16, whose smallest numbers are so large that scaling would round to a few bits: that stays float32.
-    """
+    """x times factor in at least float32, rounded once to `factor_dtype`; zero where not good."""
     wide = x.astype(sum_dtype(x.dtype))
-    kept = x.dtype if jnp.finfo(x.dtype).tiny < 1e-30 else wide.dtype
-    return jnp.where(good, wide * factor.astype(wide.dtype), 0).astype(kept)
+    return jnp.where(good, wide * factor.astype(wide.dtype), 0).astype(factor_dtype(x.dtype))
 
 
 Axis = tuple[str, int, int]

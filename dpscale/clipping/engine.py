@@ -110,16 +110,16 @@ def sum_rows(parts: Split, problem: Problem, found: Measured, rows: Evaluated) -
     missing = [j for j, x in enumerate(found.each) if x is None]
     each = {j: x for j, x in enumerate(found.each) if x is not None}
     each |= _written(parts, missing, values, found.good)
-    sums: list[Any] = []
+    places, layers = list(each), [parts.layers[j] for j in each]
+    groups = [problem.groups[j] for j in places]
+    written = sum_written_out(layers, list(each.values()), found.factors, groups, found.good)
+    sums: dict[int, Any] = dict(zip(places, written, strict=True))
     for j, layer in enumerate(parts.layers):
-        factor = found.factors[problem.groups[j]]
         if j in parts.inside:
-            sums.append(values[j])
-        elif j in each:
-            sums.append(sum_written_out(layer, each[j], factor, found.good))
-        else:
-            sums.append(sum_factors(layer, values[j], factor, found.good))
-    return sums
+            sums[j] = values[j]
+        elif j not in each:
+            sums[j] = sum_factors(layer, values[j], found.factors[problem.groups[j]], found.good)
+    return [sums[j] for j in range(len(parts.layers))]
 
 
 def clipped_sum(problem: Problem, method: str) -> ClippedSum:

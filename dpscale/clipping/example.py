@@ -55,7 +55,8 @@ class Problem:
 
 def sum_dtype(dtype) -> Any:
     """float32 for every smaller float, float64 for float64: norms and sums are never taken in less."""
-    return jnp.promote_types(dtype, jnp.float32)
+    small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32  # 8-bit floats are not promoted
+    return jnp.dtype(jnp.float32) if small else jnp.promote_types(dtype, jnp.float32)
 
 
 def select_rows(keep: jax.Array, x: jax.Array) -> jax.Array:

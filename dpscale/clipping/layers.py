@@ -28,6 +28,7 @@ from dpscale.clipping.norms import (
     Squares,
     cross_gram,
     delta,
+    factor_dtype,
     from_tables,
     kappa,
     over_parts,
@@ -35,7 +36,7 @@ from dpscale.clipping.norms import (
     square_sum,
     uses_tf32,
 )
-from dpscale.clipping.row_sum import row_sum
+from dpscale.clipping.row_sum import row_sums
 
 Route = Literal["outer", "ghost", "instantiated", "materialised"]
 Rule = Dense | Convolution | Embedding
@@ -172,7 +173,7 @@ def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Sq
     not be taken from what is written out: then the norm must cover the rounding of that sum too.
     """
     rule, pair = layer.rules[0], pairs[0]
-    floats = [x.dtype for both in pairs for x in both if jnp.issubdtype(x.dtype, jnp.floating)]
+    floats = [factor_dtype(x.dtype) for both in pairs for x in both if jnp.issubdtype(x.dtype, jnp.floating)]
     low = min(floats, key=lambda dtype: dtype.itemsize)
     error = delta(sum(rule.sizes.positions for rule in layer.rules), low, uses_tf32())
     if layer.route == "ghost":
@@ -223,16 +224,18 @@ def measure_in_slices(layer: Layer, pairs: list[Pair], room: float) -> Squares:
     """
     axes = [len(rule.product.frames) for rule in layer.rules]
     rows = pairs[0][0].shape[axes[0]]
-    slices = math.gcd(rows, SLICES)
-    if slices == 1 or norm_floats(layer) <= room:
+    count = math.gcd(rows, SLICES)
+    if count == 1 or norm_floats(layer) <= room:
         return measure(layer, pairs, None)[0]
 
     def one(start):
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, rows // slices, axis)  # noqa: E731
-        part = [(cut(a, axis), cut(g, axis)) for (a, g), axis in zip(pairs, axes, strict=True)]
-        return measure(layer, part, None)[0]
+        def part(x, axis):
+            return jax.lax.dynamic_slice_in_dim(x, start, rows // count, axis)
 
-    return jax.tree.map(jnp.ravel, jax.lax.map(one, jnp.arange(0, rows, rows // slices)))
+        slices = [(part(a, axis), part(g, axis)) for (a, g), axis in zip(pairs, axes, strict=True)]
+        return measure(layer, slices, None)[0]
+
+    return jax.tree.map(jnp.ravel, jax.lax.map(one, jnp.arange(0, rows, rows // count)))
 
 
 def norm_floats(layer: Layer) -> int:
@@ -264,10 +267,13 @@ def written_out(layer: Layer, pairs: list[Pair]) -> jax.Array:
     return jax.vmap(lambda *terms: run(tail, *layer.leaves, *terms)[0])(*parts)
 
 
-def sum_written_out(layer: Layer, each: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-    """The leaf's sum_b factor_b e_b from gradients that were written out."""
-    total = row_sum(each, batch_axis(layer), factor, good)
-    return layer.rules[0].finish(total) if layer.rules and _is_plain(layer) else total
+def sum_written_out(
+    layers: list[Layer], each: list[jax.Array], factors: list[jax.Array], groups: list[int], good: jax.Array
+) -> list[jax.Array]:
+    """The leaves' sums sum_b factor_b e_b from gradients that were written out. `groups`: each leaf's factors."""
+    totals = row_sums(each, list(map(batch_axis, layers)), factors, groups, good)
+    plain = [layer.rules and _is_plain(layer) for layer in layers]
+    return [x.rules[0].finish(y) if on else y for x, y, on in zip(layers, totals, plain, strict=True)]
 
 
 def sum_factors(layer: Layer, pairs: list[Pair], factor: jax.Array, good: jax.Array) -> jax.Array:

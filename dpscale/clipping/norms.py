@@ -54,8 +54,17 @@ def kappa(width_a: int, width_g: int, dtype) -> float:
     return (effective_length(width_a) + effective_length(width_g) + TREE_DEPTH + 1) * roundoff(sum_dtype(dtype))
 
 
+def factor_dtype(dtype) -> Any:
+    """What scaled factors of this type are rounded to: itself, if it has the numbers.
+
+    The smallest normal numbers of float16 and of 8-bit floats are so large that scaling could leave a few bits: those
+    stay float32.
+    """
+    return jnp.dtype(dtype) if jnp.finfo(dtype).tiny < 1e-30 else sum_dtype(dtype)
+
+
 def delta(positions: int, dtype, tf32: bool) -> float:
-    """Largest error of a contribution that is computed from its factors, in units of S."""
+    """Largest error of a contribution that is computed from its factors, in units of S; `dtype`: `factor_dtype`'s."""
     low = roundoff(dtype) if np.dtype(dtype).itemsize < 4 else 2.0**-10 if tf32 else 0.0
     return (positions + 2) * roundoff(sum_dtype(dtype)) + low
 
@@ -92,7 +101,7 @@ def contract(spec: str, x: jax.Array, y: jax.Array, precision: str | None = None
 def widened(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     """The operands of a product and the type of its sums. XLA's CPU backend has no bfloat16 product with float32
     sums, so there the operands are widened, which changes no bit of the result."""
-    dtype = sum_dtype(jnp.result_type(x, y))
+    dtype = jnp.promote_types(sum_dtype(x.dtype), sum_dtype(y.dtype))
     if jax.default_backend() == "cpu" or x.dtype != y.dtype:
         return x.astype(dtype), y.astype(dtype), dtype
     return x, y, dtype
@@ -123,8 +132,8 @@ def from_tables(table_a: jax.Array, table_g: jax.Array, widths: tuple[int, int],
     flushed_a, flushed_g = map(hidden, widths)
     norms_a = jnp.sqrt(jnp.maximum(_diagonal(table_a), 0) + flushed_a)
     norms_g = jnp.sqrt(jnp.maximum(_diagonal(table_g), 0) + flushed_g)
-    spread = jnp.sum(norms_a * norms_g, axis=-1)
-    flushed = flushed_a * jnp.square(jnp.sum(norms_g, axis=-1)) + flushed_g * jnp.square(jnp.sum(norms_a, axis=-1))
+    spread, sum_a, sum_g = jnp.sum(jnp.stack([norms_a * norms_g, norms_a, norms_g]), axis=-1)
+    flushed = flushed_a * jnp.square(sum_g) + flushed_g * jnp.square(sum_a)
     upper = jnp.square(jnp.sqrt(ghost + kappa * jnp.square(spread) + flushed) + 2 * delta * spread)
     return Squares(over_parts(ghost), over_parts(upper))
 
@@ -135,4 +144,6 @@ def over_parts(x: jax.Array) -> jax.Array:
 
 
 def _diagonal(table: jax.Array) -> jax.Array:
-    return jnp.diagonal(table, axis1=-2, axis2=-1)
+    """[..., T, T] -> [..., T], without a gather."""
+    *lead, _, length = table.shape
+    return table.reshape(*lead, length * length)[..., :: length + 1]
