@@ -154,6 +154,12 @@ def conv_2d_depthwise(rng):
 
 
 @case({"w": "instantiated"})
+def conv_2d_of_one_channel(rng):
+    """Its written-out gradients are made of four places of the window at a time."""
+    return conv(rng, NHWC, (3, 4, 1, 5), (9, 8, 1), window_strides=(2, 1))
+
+
+@case({"w": "instantiated"})
 def conv_2d_transposed(rng):
     return conv(rng, NHWC, (3, 3, 3, 5), (4, 5, 3), lhs_dilation=(2, 2), padding=((1, 2), (2, 2)))
 

@@ -108,8 +108,17 @@ class Convolution:
         starts[:, 1 : n + 1] *= np.array(self.product.equation.params["window_strides"], np.int32)
         return starts
 
+    @property
+    def _places_at_a_time(self) -> int:
+        """One; of an image with one channel as many as make no more columns than g has, since a product of one column
+        is slow (on a CPU, three columns by themselves were not slower than what putting more side by side costs)."""
+        window = prod(self.window)
+        if self.sizes.width_a != window:
+            return 1
+        return max(n for n in range(1, window + 1) if window % n == 0 and n <= max(1, self.sizes.width_g))
+
     def written_out(self, a: jax.Array, g: jax.Array) -> jax.Array:
-        """[U, S, B, G, C, K], one place of the window after the other, so that one patch at a time is in memory."""
+        """[U, S, B, G, C, K], some places of the window at a time, so that few patches are in memory at once."""
         a, g = self.sides(a, g)
         rows, flat = g.shape[0] // prod(self.product.stacked), _flat_positions(g)
         if self._disjoint:
@@ -117,11 +126,14 @@ class Convolution:
             each = jnp.moveaxis(each.reshape(*each.shape[:2], prod(self.window), -1, each.shape[-1]), 2, 0)
         else:
 
-            def one(start):
-                patch = _flat_positions(self._patch(a, g, start))
-                return contract("btgc,btgk->bgck", patch, flat)
+            def some(starts):
+                patches = [_flat_positions(self._patch(a, g, start)) for start in starts]
+                return contract("btgc,btgk->bgck", jnp.concatenate(patches, axis=-1), flat)
 
-            each = jax.lax.map(one, jnp.asarray(self._starts()))
+            count, starts = self._places_at_a_time, self._starts()
+            each = jax.lax.map(some, jnp.asarray(starts.reshape(-1, count, starts.shape[1])))
+            each = jnp.moveaxis(each.reshape(*each.shape[:3], count, -1, each.shape[-1]), 3, 1)
+            each = each.reshape(len(starts), *each.shape[2:])
         return each.reshape(each.shape[0], -1, rows, *each.shape[2:])
 
     def tables(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
