@@ -49,8 +49,10 @@ def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | Non
     short = expose(program, [*heads, *(x for x, _ in asked)])
     if factors is not None:  # or the compiler merges the arrays of zeros of both passes, and keeps them all the time
         short = with_zero(short, held(jnp.zeros(()), problem.mask))
-    early = {x for x, _ in parts.held} | {x for x in heads if parts.method == "ghost"}  # in both passes alike
-    late = {(x, depth) for x, depth in parts.held if isinstance(x, Name) and x not in {*producers, *program.inputs}}
+    # Both passes of ghost hold where a value is made, and so are put together alike. Else all are held at the end.
+    early = {*heads, *(x for x, _ in parts.held)} & producers.keys() if parts.method == "ghost" else set[Operand]()
+    given = {x for x, _ in asked if not isinstance(x, Name)} | {*program.inputs}
+    late = [root for root in asked if root in parts.held and root[0] not in early | given]
 
     def through(name, value):
         return held(value, problem.mask) if name in early else value
@@ -58,12 +60,13 @@ def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | Non
     def one(row, factors):
         parts.weights.factors, parts.weights.good = factors, jnp.ones((), bool)
         values = run(short, *problem.leaves, *row, through=through)
-        kept = zip(asked, values[len(heads) :], strict=True)  # `late`: from inside of scans that are no loops
-        return tuple(values[: len(heads)]), tuple(held(x, problem.mask) if root in late else x for root, x in kept)
+        return tuple(values[: len(heads)]), tuple(values[len(heads) :])
 
     depths = tuple(depth for _, depth in asked)
-    first, kept = jax.vmap(one, out_axes=(0, depths))(jax.tree.leaves(problem.rows), factors)
-    return Evaluated(first[0], parts.aux_tree.unflatten(first[1:]), dict(zip(asked, kept, strict=True)))
+    first, values = jax.vmap(one, out_axes=(0, depths))(jax.tree.leaves(problem.rows), factors)
+    kept = dict(zip(asked, values, strict=True))
+    kept |= zip(late, held([kept[root] for root in late], problem.mask), strict=True)
+    return Evaluated(first[0], parts.aux_tree.unflatten(first[1:]), kept)
 
 
 def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
