@@ -30,9 +30,13 @@ def held(tree: Tree, mask: jax.Array) -> Tree:
 def _carried(tree: Tree, mask: jax.Array) -> Tree:
     more = jnp.sum(mask, dtype=jnp.int32) < 0
 
+    def changed(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys, which no compiler rounds
+            return x
+        return -x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x
+
     def other(carry):
-        _, tree = carry
-        return jnp.zeros_like(more), jax.tree.map(lambda x: -x if jnp.issubdtype(x.dtype, jnp.inexact) else ~x, tree)
+        return jnp.zeros_like(more), jax.tree.map(changed, carry[1])
 
     return jax.lax.while_loop(lambda carry: carry[0], other, (more, tree))[1]
 

@@ -185,7 +185,8 @@ def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Sq
         square, most = rule.outer_squares(*pair)
         return Squares(square, most * (1 + 2 * error) ** 2), None
     each = written_out(layer, pairs)
-    if mask is not None and not (_is_plain(layer) and rule.sizes.positions > 1):  # a product is made once in any case
+    sizes = rule.sizes  # a product is made once in any case; to a compiler, one of vectors is no product
+    if mask is not None and not (_is_plain(layer) and min(sizes.positions, sizes.width_a, sizes.width_g) > 1):
         each = held(each, mask)
     axis = batch_axis(layer)
     square = over_parts(square_sum(each, each.ndim - axis - 1))

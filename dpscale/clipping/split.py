@@ -108,9 +108,10 @@ def _is_made_once(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, E
 
     What it makes again is what costs little, as does a product over an axis of length 1. One round is no loop.
     """
-    if any(frame.scan.rounds > 1 for frame in frames):
+    outermost = _outermost(x, frames)
+    if outermost is x and any(frame.scan.rounds > 1 for frame in frames):
         return True
-    origin = moved_from(_outermost(x, frames), producers, MOVES)
+    origin = moved_from(outermost, producers, MOVES)
     equation = producers.get(origin) if isinstance(origin, Name) else None
     if equation is None or equation.body is not None:
         return equation is not None and Scan.of(equation).rounds > 1
