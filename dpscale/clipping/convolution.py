@@ -21,7 +21,7 @@ import numpy as np
 from dpscale.clipping.cut import Product
 from dpscale.clipping.dense import Sizes, scaled_rows
 from dpscale.clipping.equations import Equation, Operand
-from dpscale.clipping.norms import contract, gram, hidden, square_sum, widened
+from dpscale.clipping.norms import contract, gram, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,25 +189,14 @@ class Convolution:
         table = table.reshape(-1, rows, *table.shape[1:])
         return jnp.moveaxis(table, 2, 1).reshape(-1, rows, *table.shape[-2:])
 
-    def spreads(self, a: jax.Array, g: jax.Array) -> jax.Array:
-        """sum_t |a_t||g_t| for each part, [S*G, B]."""
-        a, g = self.sides(a, g)
-        squares_a, squares_g = square_sum(a, 1)[..., None], _flat_positions(square_sum(g, 1)[..., None])
-        patches = [_flat_positions(self._patch(squares_a, g, start)) for start in self._starts()]
-        squares_a = functools.reduce(jnp.add, patches) + hidden(self.sizes.width_a)
-        spread = jnp.sum(jnp.sqrt(squares_a * (squares_g + hidden(self.sizes.width_g))), axis=(1, 3))
-        spread = spread.reshape(-1, g.shape[0] // prod(self.product.stacked), self.groups)
-        return jnp.moveaxis(spread, -1, 1).reshape(-1, spread.shape[1])
-
-    def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-        """The leaf's sum_b factor_b e_b by the equation itself; rows that are not good are selected away from g, and a
-        must be finite.
+    def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
+        """The leaf's sum_b factor_b e_b by the equation itself; where a factor is 0, g counts as 0; a must be finite.
 
         The examples are laid side by side in the feature axis, which this convolution contracts.
         """
         equation, at = self.product.equation, len(self.product.frames)
         numbers = equation.params["dimension_numbers"]
-        g = scaled_rows(g, _along(factor, at, g.ndim), _along(good, at, g.ndim))
+        g = scaled_rows(g, _along(factor, at, g.ndim))
 
         def one(pair):
             left, lhs = _join_rows(pair[0], numbers.lhs_spec)

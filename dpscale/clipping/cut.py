@@ -250,35 +250,3 @@ def _linear_in(equation: Equation, moving: list[Name], producers: dict[Name, Equ
         cases = [x for x in equation.inputs[1:] if x not in moving]
         return equation.inputs[0] not in moving and all(is_zeros(x, producers) for x in cases)
     return len(moving) == len(equation.inputs)
-
-
-def absolute(tail: Program, leaves: Sequence[Any], terms: Sequence[Any]) -> Any:
-    """|L| applied to terms >= 0, where L is the linear map of a cut's tail: at least |L x| for any x with |x| <= terms.
-
-    Every equation of L is taken by its absolute value: factors |c|, and sums where L has differences.
-    """
-    env = dict(zip(tail.inputs, [*leaves, *terms], strict=True))
-    moving = set(tail.inputs[len(leaves) :])
-    for equation in tail.equations:
-        values = [x.value if isinstance(x, Constant) else env[x] for x in equation.inputs]
-        flags = [x in moving for x in equation.inputs]
-        if not any(flags):
-            results = equation.apply(*values)
-            results = results if isinstance(results, (tuple, list)) else [results]
-            env.update(zip(equation.outputs, results, strict=True))
-            continue
-        if equation.operation in ("mul", "div"):
-            values = [x if on else abs(x) for x, on in zip(values, flags, strict=True)]
-        result = values[0] if equation.operation == "neg" else sum(values[1:], values[0])
-        env[equation.outputs[0]] = result if equation.operation in ("neg", "sub") else _first(equation.apply(*values))
-        moving.add(equation.outputs[0])
-    (end,) = tail.outputs
-    return env[end] if isinstance(end, Name) else end.value
-
-
-def roundings(tail: Program) -> int:
-    """How many roundings in a row a value may meet in a tail: as many as terms in a sum, one in anything else."""
-    return sum(
-        prod(equation.inputs[0].shape[i] for i in equation.params["axes"]) if equation.operation == "reduce_sum" else 1
-        for equation in tail.equations
-    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dpscale.clipping.cut import Product
 from dpscale.clipping.equations import Operand
 from dpscale.clipping.example import sum_dtype
-from dpscale.clipping.norms import contract, factor_dtype, gram, hidden, over_parts, row_norms, square_sum
+from dpscale.clipping.norms import contract, factor_dtype, gram, hidden, over_parts, square_sum
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,6 @@ class Dense:
         left, right = self.sides(a, g)
         return gram(left), gram(right)
 
-    def spreads(self, a: jax.Array, g: jax.Array) -> jax.Array:
-        """sum_t |a_t||g_t|, [N, B]."""
-        left, right = self.sides(a, g)
-        return jnp.sum(row_norms(left) * row_norms(right), axis=-1)
-
     def outer_squares(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """|e|^2 f[B] where there is one position: the estimate, and an upper bound."""
         squares = [square_sum(x, 2) for x in self.sides(a, g)]
@@ -80,11 +75,10 @@ class Dense:
         left, right = self.sides(a, g)
         return contract("...td,...tp->...dp", left, right)
 
-    def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-        """The leaf's sum_b factor_b e_b in one product; rows that are not good are selected away from g, and a must be
-        finite."""
+    def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
+        """The leaf's sum_b factor_b e_b in one product. Where a factor is 0, g counts as zeros; a must be finite."""
         left, right = self.sides(a, g)
-        right = scaled_rows(right, factor[:, None, None], good[:, None, None])
+        right = scaled_rows(right, factor[:, None, None])
         left, right = (x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (left, right))
         return self.finish(contract("...td,...tp->...dp", left, right))
 
@@ -117,10 +111,10 @@ def as_matrix(
     return jnp.transpose(x, order).reshape(*lead, x.shape[len(frames)], sizes.positions, width)
 
 
-def scaled_rows(x: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-    """x times factor in at least float32, rounded once to `factor_dtype`; zero where not good."""
+def scaled_rows(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x times factor in at least float32, rounded once to `factor_dtype`; zero where the factor is, whatever x is."""
     wide = x.astype(sum_dtype(x.dtype))
-    return jnp.where(good, wide * factor.astype(wide.dtype), 0).astype(factor_dtype(x.dtype))
+    return jnp.where(factor != 0, wide * factor.astype(wide.dtype), 0).astype(factor_dtype(x.dtype))
 
 
 Axis = tuple[str, int, int]

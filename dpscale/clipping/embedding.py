@@ -10,7 +10,7 @@ from dpscale.clipping.cut import Product, is_zeros
 from dpscale.clipping.dense import Sizes, scaled_rows
 from dpscale.clipping.equations import Operand, Program
 from dpscale.clipping.example import sum_dtype
-from dpscale.clipping.norms import gram, row_norms
+from dpscale.clipping.norms import gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,20 +66,16 @@ class Embedding:
         table = gram(g)
         return (ids[:, :, None] == ids[:, None, :]).astype(table.dtype), table
 
-    def spreads(self, indices: jax.Array, updates: jax.Array) -> jax.Array:
-        """sum_t |g_t|, [B]."""
-        return jnp.sum(row_norms(self.sides(indices, updates)[1]), axis=-1)
-
     def written_out(self, indices: jax.Array, updates: jax.Array) -> jax.Array:
         """[B, V, P]."""
         ids, g = self.sides(indices, updates)
         zeros = jnp.zeros((self.sizes.width_a, self.sizes.width_g), sum_dtype(g.dtype))
         return jax.vmap(lambda i, x: zeros.at[i].add(x.astype(zeros.dtype)))(ids, g)
 
-    def summed(self, indices: jax.Array, updates: jax.Array, factor: jax.Array, good: jax.Array) -> jax.Array:
-        """The leaf's sum_b factor_b e_b, by one scatter; rows that are not good are selected away."""
+    def summed(self, indices: jax.Array, updates: jax.Array, factor: jax.Array) -> jax.Array:
+        """The leaf's sum_b factor_b e_b, by one scatter; where a factor is 0, updates count as zeros."""
         ids, g = self.sides(indices, updates)
-        scaled = scaled_rows(g.astype(sum_dtype(g.dtype)), factor[:, None, None], good[:, None, None])
+        scaled = scaled_rows(g.astype(sum_dtype(g.dtype)), factor[:, None, None])
         zeros = jnp.zeros((self.sizes.width_a, self.sizes.width_g), scaled.dtype)
         return self.finish(zeros.at[ids.reshape(-1)].add(scaled.reshape(-1, self.sizes.width_g)))
 

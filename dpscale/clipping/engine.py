@@ -5,7 +5,7 @@
 3. vmap the shortened program over the batch: nothing of size batch x parameters appears (`evaluate_rows`).
 4. Norms of each layer from the operands; clip factors from their sum (`measure_rows`).
 5. Book-keeping: the clipped sum of each layer from the same operands, one product over the whole batch (`sum_rows`).
-   Ghost: the same pass again, once the factors are known; nothing is kept between the two.
+   Ghost: the same pass again, once the factors are known; nothing is kept between the two but norms (`sum_again`).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +27,16 @@ from dpscale.clipping.example import (
 from dpscale.clipping.hold import held
 from dpscale.clipping.layers import (
     UNSLICED_SHARE,
+    capped,
     measure,
     measure_in_slices,
     operand_floats,
     sum_factors,
+    sum_within,
     sum_written_out,
 )
 from dpscale.clipping.norms import Squares, square_sum
-from dpscale.clipping.rows import Evaluated, evaluate_rows, layer_values, without_bad_rows
+from dpscale.clipping.rows import Evaluated, Weights, evaluate_rows, layer_values, without_bad_rows
 from dpscale.clipping.split import Split, split_backward
 
 BUNDLED_FLOATS = 2**14
@@ -54,48 +56,59 @@ def bundles(parts: Split, problem: Problem) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Norms f[B], factors f[B] of each clip group, flags bool[B], and of each leaf what was written out, if it was."""
+    """Norms f[B], factors f[B] of each clip group (0 where a row counts as nothing), flags bool[B]; of each leaf what
+    was written out, if it was; of each bundle's first leaf the squared norm f[B] that the factors are made for."""
 
     norms: jax.Array
     factors: list[jax.Array]
     finite: jax.Array
     good: jax.Array
     each: list[jax.Array | None]
+    allowed: dict[int, jax.Array]
     group_norms: jax.Array | None
 
 
-def measure_rows(parts: Split, problem: Problem, rows: Evaluated, refold: bool) -> Measured:
+def measure_rows(parts: Split, problem: Problem, rows: Evaluated) -> Measured:
     """Everything that decides the factors. A row's numbers meet no other row's."""
-    values = layer_values(parts, rows)
+    values, once = layer_values(parts, rows), None if parts.method == "ghost" else problem.mask
     squares, each = dict[int, Squares](), list[jax.Array | None]([None] * len(parts.layers))
-    room = UNSLICED_SHARE * sum(map(operand_floats, parts.layers))
     for places in bundles(parts, problem):
         first = places[0]  # stands for the bundle
         layer, value = parts.layers[first], values[first]
         if isinstance(value, Squares):
             squares[first] = value
-        elif layer.rules and refold:
-            squares[first] = measure_in_slices(layer, value, room)
+        elif layer.rules and once is None:
+            squares[first] = measure_in_slices(layer, value, room(parts))
         elif layer.rules:
-            squares[first], each[first] = measure(layer, value, problem.mask)
+            squares[first], each[first] = measure(layer, value, once)
         else:
-            written = _written(parts, places, values, problem.mask)
+            written = _written(parts, places, values, once)
             squares[first] = Squares(*[_joint_square(list(written.values()))] * 2)
             for j in written.keys() - parts.views:  # a view is made again, of what is summed
                 each[j] = written[j]
-    estimates = {j: x.estimate for j, x in squares.items()}
-    norms, factors = clip_factors(problem, estimates, {j: x.upper for j, x in squares.items()})
+    estimates, allowed = {j: x.estimate for j, x in squares.items()}, {j: x.upper for j, x in squares.items()}
+    norms, factors = clip_factors(problem, estimates, allowed)
     by_group = group_norms(problem, estimates)
     finite = jnp.isfinite(rows.losses) & jnp.isfinite(norms) & jnp.all(jnp.isfinite(jnp.stack(factors)), axis=0)
-    good, factors = held((finite & problem.mask, factors), problem.mask)  # or each sum makes its own
-    return Measured(norms, factors, finite | ~problem.mask, good, each, by_group)
+    good = finite & problem.mask
+    factors = [jnp.where(good, factor, 0) for factor in factors]
+    good, factors = held((good, factors), problem.mask)  # or each sum makes its own
+    return Measured(norms, factors, finite | ~problem.mask, good, each, allowed, by_group)
 
 
-def _written(parts: Split, places: Sequence[int], values: list[Any], mask: jax.Array) -> dict[int, jax.Array]:
-    """The gradients that the program itself writes out, of those of `places` that have no rules; at least float32."""
+def room(parts: Split) -> float:
+    """How many floats of one example ghost mode may hold for the norm of one layer."""
+    return UNSLICED_SHARE * sum(map(operand_floats, parts.layers))
+
+
+def _written(parts: Split, places: Sequence[int], values: list[Any], once: jax.Array | None) -> dict[int, jax.Array]:
+    """The gradients that the program itself writes out, of those of `places` that have no rules; at least float32.
+
+    `once`: bool[B], for `held`; None where nothing is summed of them.
+    """
     wide = {j: values[j].astype(sum_dtype(values[j].dtype)) for j in places if not parts.layers[j].rules}
     computed = {j: x for j, x in wide.items() if j not in parts.views}
-    return wide | (held(computed, mask) if computed else {})
+    return wide if once is None or not computed else wide | held(computed, once)
 
 
 def _joint_square(each: list[jax.Array]) -> jax.Array:
@@ -104,80 +117,69 @@ def _joint_square(each: list[jax.Array]) -> jax.Array:
     return square_sum(rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1), 1)
 
 
-def sum_rows(parts: Split, problem: Problem, found: Measured, rows: Evaluated) -> list[Any]:
-    """Every leaf's clipped sum: from its gradients where they were written out, else from its operands."""
-    values = layer_values(parts, rows)
+def clipped_sum(problem: Problem, method: str) -> ClippedSum:
+    """The clipped sum by "bookkeeping", "ghost" or "auto"."""
+    parts = split_backward(problem, method)
+    rows = evaluate_rows(parts, problem)
+    found = measure_rows(parts, problem, rows)
+    sums = sum_again if parts.method == "ghost" else sum_rows
+    return _result(problem, rows, found, sums(parts, problem, found, rows))
+
+
+def sum_rows(parts: Split, problem: Problem, found: Measured, rows: Evaluated) -> list[jax.Array]:
+    """Book-keeping: every leaf's clipped sum from its gradients where they were written out, else from its operands."""
+    values = layer_values(parts, without_bad_rows(parts, rows, found.good))
     missing = [j for j, x in enumerate(found.each) if x is None]
     each = {j: x for j, x in enumerate(found.each) if x is not None}
     each |= _written(parts, missing, values, found.good)
     places, layers = list(each), [parts.layers[j] for j in each]
     groups = [problem.groups[j] for j in places]
-    written = sum_written_out(layers, list(each.values()), found.factors, groups, found.good)
-    sums: dict[int, Any] = dict(zip(places, written, strict=True))
+    sums = dict(zip(places, sum_written_out(layers, list(each.values()), found.factors, groups), strict=True))
     for j, layer in enumerate(parts.layers):
-        if j in parts.inside:
-            sums[j] = values[j]
-        elif j not in each:
-            sums[j] = sum_factors(layer, values[j], found.factors[problem.groups[j]], found.good)
+        if j not in each:
+            sums[j] = sum_factors(layer, values[j], found.factors[problem.groups[j]])
     return [sums[j] for j in range(len(parts.layers))]
 
 
-def clipped_sum(problem: Problem, method: str) -> ClippedSum:
-    """The clipped sum by "bookkeeping", "ghost" or "auto"."""
-    parts = split_backward(problem, method)
-    return ghost(problem, parts) if parts.method == "ghost" else bookkeeping(problem, parts)
+def sum_again(parts: Split, problem: Problem, found: Measured, rows: Evaluated) -> list[jax.Array]:
+    """Ghost: a second pass, which makes every row's operands again and sums them; only norms are kept from the first.
 
+    The compiler may round the two passes otherwise, and where gradients are nothing but rounding they then have little
+    to do with each other. So each layer's norm is taken again, of what is summed, and keeps to the first one: whatever
+    the compiler did, no layer gives more than the factors are made for. (A gradient of sum_i factor_i * loss_i, which
+    is usual, is bound by nothing of the kind.)
 
-def bookkeeping(problem: Problem, parts: Split) -> ClippedSum:
-    """One backward pass; the operands of every layer are kept until the factors are known."""
-    rows = evaluate_rows(parts, problem)
-    found = measure_rows(parts, problem, rows, refold=False)
-    clean = without_bad_rows(parts, rows, found.good, [j for j, x in enumerate(found.each) if x is None])
-    return _result(problem, rows, found, sum_rows(parts, problem, found, clean))
-
-
-def ghost(problem: Problem, parts: Split) -> ClippedSum:
-    """Two passes, norms first; nothing is kept between them but the factors.
-
-    The second one makes every row's operands again, from the same cotangents, and sums those. (A gradient of sum_i
-    factor_i * loss_i would round other cotangents than the norms were taken of.) A row that does not count is replaced
-    by a good one: its own values could be NaN, and NaN * 0 is NaN.
+    A row that does not count is replaced by a good one: its own values could be NaN, and NaN * 0 is NaN.
     """
-    rows = evaluate_rows(parts, problem)
-    found = measure_rows(parts, problem, rows, refold=True)
     again = replace(problem, rows=replace_rows(found.good, problem.rows))
-    factors = [jnp.where(found.good, factor, 0) for factor in found.factors]
-    if any(rule.product.frames for layer in parts.layers for rule in layer.rules):
-        second = _where_any(found.good, lambda: _sum_again(again, parts, found, factors))
-    else:
-        second = _sum_again(again, parts, found, factors)
-    sums, losses, aux = jax.tree.map(
-        lambda x, first: jnp.where(jnp.any(found.good), x, first),
-        second,
-        ([jnp.zeros((), x.dtype) for x in second[0]], rows.losses, rows.aux),
-    )
-    return _result(problem, replace(rows, losses=losses, aux=aux), found, sums)
+    depths = {j: len(parts.layers[j].rules[0].product.frames) for j in parts.inside}
+    weights = Weights(found.factors, {j: rows.kept[x.squares[1], depths[j]] for j, x in parts.inside.items()})
+
+    def second() -> list[jax.Array]:
+        evaluated = evaluate_rows(parts, again, weights)
+        values, sums = layer_values(parts, evaluated), dict[int, jax.Array]()
+        for places in bundles(parts, problem):
+            first = places[0]
+            layer, value = parts.layers[first], values[first]
+            factor = found.factors[problem.groups[first]]
+            if first in parts.inside:
+                sums[first] = value
+            elif layer.rules:
+                sums[first] = sum_within(layer, value, factor, found.allowed[first], room(parts))
+            else:
+                written = _written(parts, places, values, found.good)
+                square = _joint_square(list(written.values()))
+                size = sum(problem.leaves[j].size for j in written)
+                weight = capped(factor, found.allowed[first], square, size)
+                layers, each = [parts.layers[j] for j in written], list(written.values())
+                sums |= zip(written, sum_written_out(layers, each, [weight], [0] * len(each)), strict=True)
+        return [sums[j] for j in range(len(parts.layers))]
+
+    scans = any(rule.product.frames for layer in parts.layers for rule in layer.rules)
+    return _where_any(found.good, second) if scans else second()
 
 
-Second = tuple[list[jax.Array], jax.Array, Any]
-
-
-def _sum_again(again: Problem, parts: Split, found: Measured, factors: list[jax.Array]) -> Second:
-    """The clipped sums from operands made again; and the losses and the auxiliary output, also made again: were they
-    not asked for, the compiler would put this pass together in another way than the first one, and round otherwise.
-
-    No row is bad any more, so nothing is selected away. The barrier keeps the compiler from holding the first pass's
-    operands instead of making them again. The rows are held because the first pass reads them from memory: fused with
-    what replaces bad rows, the first operations on them would be rounded otherwise (1.8 of the bound was seen).
-    """
-    rows, factors = held(jax.lax.optimization_barrier((again.rows, factors)), found.good)
-    everything = replace(found, factors=factors, good=jnp.ones_like(found.good), each=[None] * len(found.each))
-    again = replace(again, rows=rows)
-    evaluated = evaluate_rows(parts, again, factors)
-    return sum_rows(parts, again, everything, evaluated), evaluated.losses, evaluated.aux
-
-
-def _where_any(good: jax.Array, second: Callable[[], Second]) -> Second:
+def _where_any(good: jax.Array, second: Callable[[], list[jax.Array]]) -> list[jax.Array]:
     """The second pass, in a branch that is taken where there is any good row to replace the bad ones.
 
     A branch has its own buffers. In one stretch with the first pass, the compiler would merge the zeros that the scans

@@ -11,7 +11,8 @@ from dpscale.clipping.split import Split
 @dataclass(frozen=True)
 class LayerCost:
     """One parameter's row. `macs` and `sgd_macs` are multiply-adds of the norm and the weight gradient for the whole
-    batch, ours and plain SGD's; `bytes` is what is held until the factors are known."""
+    batch, ours (in ghost mode those of both passes) and plain SGD's; `bytes` is what is held until the factors are
+    known."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,22 +54,23 @@ def explanation(parts: Split, problem: Problem) -> Explanation:
 
 
 def _cost(layer: Layer, rows: int, method: str) -> LayerCost:
+    norms = 2 if method == "ghost" else 1
     if not layer.rules:
         size = prod(layer.shape)
         held = 0 if method == "ghost" else 4 * rows * size
-        return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), 2 * rows * size, 0, held)
+        return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), (norms + 1) * rows * size, 0, held)
     macs = sgd = held = 0
     for rule in layer.rules:
         sizes, cost = rule.sizes, rule.macs()
         operands = sizes.parts * sizes.positions * (sizes.width_a + sizes.width_g)
         size = sizes.parts * sizes.width_a * sizes.width_g
         sgd += rows * cost["folded"]
-        if layer.route == "instantiated":
-            macs += rows * (cost["instantiated"] + 2 * size)
-            held += 4 * rows * size
-        else:
-            macs += rows * (cost["folded"] + (cost["ghost"] if layer.route == "ghost" else operands))
+        if layer.folds:
+            macs += rows * (cost["folded"] + norms * (cost["ghost"] if layer.route == "ghost" else operands))
             held += 4 * rows * operands
+        else:
+            macs += rows * (norms * (cost["instantiated"] + size) + size)
+            held += 4 * rows * size
     first = layer.rules[0].sizes
     held = 0 if method == "ghost" else held
     widths = (first.width_a, first.width_g)

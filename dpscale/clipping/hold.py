@@ -41,6 +41,11 @@ def _carried(tree: Tree, mask: jax.Array) -> Tree:
     return jax.lax.while_loop(lambda carry: carry[0], other, (more, tree))[1]
 
 
+def finite_or_zero(x: jax.Array) -> jax.Array:
+    """x with zeros in place of what is not finite: times a factor of 0 it is then 0."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+
 @functools.partial(jax.jit, static_argnames="axes")
 def cleared(arrays: list[jax.Array], good: jax.Array, axes: tuple[int, ...]) -> list[jax.Array]:
     """The arrays with zeros in the rows that are not `good`, bool[B]; `axes`: where B is in each.

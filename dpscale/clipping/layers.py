@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.convolution import Convolution
-from dpscale.clipping.cut import Cut, Product, absolute, roundings
+from dpscale.clipping.cut import Cut, Product
 from dpscale.clipping.dense import Dense, leaf_layout
 from dpscale.clipping.embedding import Embedding
 from dpscale.clipping.equations import Program, run
@@ -30,9 +30,9 @@ from dpscale.clipping.norms import (
     delta,
     factor_dtype,
     from_tables,
+    hidden,
     kappa,
     over_parts,
-    roundoff,
     square_sum,
     uses_tf32,
 )
@@ -55,6 +55,11 @@ class Layer:
     rules: tuple[Rule, ...] = ()
     tail: Program | None = None
     leaves: tuple[jax.Array, ...] = ()
+
+    @property
+    def folds(self) -> bool:
+        """Whether the sum is made of the operands, and not of gradients that were written out."""
+        return self.route in ("outer", "ghost")
 
 
 def rule_for(product: Product, program: Program) -> Rule | None:
@@ -115,7 +120,7 @@ HELD_SHARE = 2.3
 def choose_routes(layers: list[Layer], refold: bool) -> list[Layer]:
     """Writes out a layer's gradients where that takes less time than its tables, as far as memory allows.
 
-    `refold` (ghost mode) holds nothing after the norm, so there is no limit, but the sum is made again.
+    `refold` (ghost mode) holds nothing after a layer's sum, so there is no limit, but each norm is taken twice.
     """
     budget = HELD_SHARE * sum(operand_floats(layer) for layer in layers)
     budget -= sum(gradient_floats(layer) for layer in layers if layer.route == "instantiated")
@@ -132,11 +137,13 @@ def choose_routes(layers: list[Layer], refold: bool) -> list[Layer]:
 def _gain(layer: Layer, refold: bool) -> float:
     """Multiply-adds that writing out one example's gradient saves, all told."""
     costs, touch = [rule.macs() for rule in layer.rules], TOUCH_MACS.get(jax.default_backend(), 40)
-    positions = sum(rule.sizes.positions for rule in layer.rules)
+    positions, size = sum(rule.sizes.positions for rule in layer.rules), gradient_floats(layer)
     tables = sum(cost["ghost"] for cost in costs) + 2 * touch * layer.rules[0].sizes.parts * positions**2
     tables *= len(layer.rules)  # the products meet each other too
-    written = sum(cost["instantiated"] for cost in costs) + (2 if refold else 3) * touch * gradient_floats(layer)
-    return tables + (0 if refold else sum(cost["folded"] for cost in costs)) - written
+    folded, written = (sum(cost[route] for cost in costs) for route in ("folded", "instantiated"))
+    if refold:  # of the five touches two are the first norm's, three the second's and the sum's
+        return 2 * tables + folded - 2 * written - 5 * touch * size
+    return tables + folded - written - 3 * touch * size
 
 
 def gradient_floats(layer: Layer) -> int:
@@ -169,74 +176,96 @@ Pair = tuple[jax.Array, jax.Array]
 def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Squares, jax.Array | None]:
     """Squared norms f[B], and the written-out gradients where the route makes them.
 
-    `pairs`: the operands of each rule, [scans.., B, own axes..]. `mask`: bool[B], for `held`; None where the sum will
-    not be taken from what is written out: then the norm must cover the rounding of that sum too.
+    `pairs`: the operands of each rule, [scans.., B, own axes..]. `mask`: bool[B], for `held`; None where no sum will be
+    taken from what is written out.
     """
     rule, pair = layer.rules[0], pairs[0]
+    if layer.route == "instantiated":
+        each = written_out(layer, pairs)
+        sizes = rule.sizes  # a product is made once in any case; to a compiler, one of vectors is no product
+        if mask is not None and not (_is_plain(layer) and min(sizes.positions, sizes.width_a, sizes.width_g) > 1):
+            each = held(each, mask)
+        square = over_parts(square_sum(each, each.ndim - batch_axis(layer) - 1))
+        return Squares(square, square), each
     floats = [factor_dtype(x.dtype) for both in pairs for x in both if jnp.issubdtype(x.dtype, jnp.floating)]
     low = min(floats, key=lambda dtype: dtype.itemsize)
     error = delta(sum(rule.sizes.positions for rule in layer.rules), low, uses_tf32())
-    if layer.route == "ghost":
-        tables = rule.tables(*pair) if len(pairs) == 1 else _shared_tables(layer.rules, pairs)
-        widths = rule.sizes.width_a, rule.sizes.width_g
-        return from_tables(*tables, widths, kappa(*widths, low), error), None
     if layer.route == "outer":
         assert isinstance(rule, Dense)
         square, most = rule.outer_squares(*pair)
         return Squares(square, most * (1 + 2 * error) ** 2), None
-    each = written_out(layer, pairs)
-    sizes = rule.sizes  # a product is made once in any case; to a compiler, one of vectors is no product
-    if mask is not None and not (_is_plain(layer) and min(sizes.positions, sizes.width_a, sizes.width_g) > 1):
-        each = held(each, mask)
-    axis = batch_axis(layer)
-    square = over_parts(square_sum(each, each.ndim - axis - 1))
-    if mask is not None:
-        return Squares(square, square), each
-    if layer.tail is not None:
-        error += roundings(layer.tail) * roundoff(square.dtype)
-    spread = _tail_spread(layer, pairs) if layer.tail is not None else _spread(layer, pairs)
-    return Squares(square, jnp.square(jnp.sqrt(square) + 2 * error * spread)), each
-
-
-def _spread(layer: Layer, pairs: list[Pair]) -> jax.Array:
-    """f[B]: sum_t |a_t||g_t|, which rounding of the sum is measured by."""
-    spreads = [jnp.sqrt(over_parts(jnp.square(r.spreads(*p)))) for r, p in zip(layer.rules, pairs, strict=True)]
-    return functools.reduce(jnp.add, spreads)
-
-
-def _tail_spread(layer: Layer, pairs: list[Pair]) -> jax.Array:
-    """f[B]: the same behind a linear tail L, which may magnify what the products round.
-
-    Entry by entry the products err by at most delta sum_t |a_t||g_t|, and what L makes of that is at most |L| of it.
-    """
-    assert layer.tail is not None
-    tail, terms = layer.tail, []
-    for rule, (a, g) in zip(layer.rules, pairs, strict=True):
-        each = rule.written_out(jnp.abs(a), jnp.abs(g))
-        terms.append(rule.finish(jnp.moveaxis(each, rule.batch_axis, 0), 1))
-    bounds = jax.vmap(lambda *row: absolute(tail, layer.leaves, row))(*terms)
-    return jnp.sqrt(square_sum(bounds, bounds.ndim - 1))
+    tables = rule.tables(*pair) if len(pairs) == 1 else _shared_tables(layer.rules, pairs)
+    widths = rule.sizes.width_a, rule.sizes.width_g
+    return from_tables(*tables, widths, kappa(*widths, low), error), None
 
 
 def measure_in_slices(layer: Layer, pairs: list[Pair], room: float) -> Squares:
-    """The squares of `measure`, for a sum that is taken elsewhere.
-
-    Where one example's norm needs more than `room` floats, a slice of the batch at a time bounds the memory.
-    """
-    axes = [len(rule.product.frames) for rule in layer.rules]
-    rows = pairs[0][0].shape[axes[0]]
-    count = math.gcd(rows, SLICES)
-    if count == 1 or norm_floats(layer) <= room:
+    """The squares of `measure`. Where one example's norm needs more than `room` floats, a slice of the batch at a time
+    bounds the memory."""
+    count = _slices(layer, pairs, room)
+    if count == 1:
         return measure(layer, pairs, None)[0]
+    squares = jax.lax.map(lambda k: measure(layer, _slice(layer, pairs, k, count), None)[0], jnp.arange(count))
+    return jax.tree.map(jnp.ravel, squares)
 
-    def one(start):
-        def part(x, axis):
-            return jax.lax.dynamic_slice_in_dim(x, start, rows // count, axis)
 
-        slices = [(part(a, axis), part(g, axis)) for (a, g), axis in zip(pairs, axes, strict=True)]
-        return measure(layer, slices, None)[0]
+def sum_within(layer: Layer, pairs: list[Pair], factor: jax.Array, allowed: jax.Array, room: float) -> jax.Array:
+    """The leaf's sum of contributions factor_b e_b, each made smaller where its norm here is more than `allowed` says.
 
-    return jax.tree.map(jnp.ravel, jax.lax.map(one, jnp.arange(0, rows, rows // count)))
+    `factor`: f[B], 0 where a row counts as nothing. `allowed`: f[B], the squared norms that the factors are made for
+    (`capped`). First operands must be finite. `room`: as in `measure_in_slices`.
+    """
+    if layer.folds:
+        square = measure_in_slices(layer, pairs, room).upper
+        return sum_factors(layer, pairs, capped(factor, allowed, square, gradient_floats(layer)))
+    count = _slices(layer, pairs, room)
+
+    def sum_of(pairs: list[Pair], factor: jax.Array, allowed: jax.Array, onto: list[jax.Array] | None = None):
+        squares, each = measure(layer, pairs, factor != 0)
+        assert each is not None
+        weights = capped(factor, allowed, squares.upper, gradient_floats(layer))
+        return row_sums([each], [batch_axis(layer)], [weights], [0], onto)
+
+    def add(k, total):
+        rows = [_part(x, 0, k, count) for x in (factor, allowed)]
+        return sum_of(_slice(layer, pairs, k, count), rows[0], rows[1], total)
+
+    if count == 1:
+        (total,) = sum_of(pairs, factor, allowed)
+    else:
+        zero = 0 * factor[0]  # inside shard_map it varies as the sums do
+        like = jax.eval_shape(lambda: sum_of(pairs, factor, allowed))
+        start = [jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in like]
+        (total,) = jax.lax.fori_loop(0, count, add, start)
+    return layer.rules[0].finish(total) if _is_plain(layer) else total
+
+
+def capped(factor: jax.Array, allowed: jax.Array, square: jax.Array, size: int) -> jax.Array:
+    """f[B]: the factor, made so small that factor * norm is at most what it is by the squared norm `allowed`.
+
+    `square`: an upper bound of the squared norm of what is summed, in which `size` floats may have been flushed to
+    zero, as in `allowed` (`clip_factors` counts both). 0 where it is not finite.
+    """
+    hidden_square = hidden(size)
+    allowed, square = allowed + hidden_square, square + hidden_square
+    share = jnp.where(square > allowed, jnp.sqrt(allowed / square), 1)
+    return jnp.where(jnp.isfinite(square), factor * share.astype(factor.dtype), 0)
+
+
+def _slices(layer: Layer, pairs: list[Pair], room: float) -> int:
+    rows = pairs[0][0].shape[len(layer.rules[0].product.frames)]
+    return 1 if norm_floats(layer) <= room else math.gcd(rows, SLICES)
+
+
+def _slice(layer: Layer, pairs: list[Pair], k: jax.Array, count: int) -> list[Pair]:
+    """Slice k of `count` of every operand."""
+    axes = [len(rule.product.frames) for rule in layer.rules]
+    return [(_part(a, at, k, count), _part(g, at, k, count)) for (a, g), at in zip(pairs, axes, strict=True)]
+
+
+def _part(x: jax.Array, axis: int, k: jax.Array, count: int) -> jax.Array:
+    length = x.shape[axis] // count
+    return jax.lax.dynamic_slice_in_dim(x, k * length, length, axis)
 
 
 def norm_floats(layer: Layer) -> int:
@@ -269,18 +298,18 @@ def written_out(layer: Layer, pairs: list[Pair]) -> jax.Array:
 
 
 def sum_written_out(
-    layers: list[Layer], each: list[jax.Array], factors: list[jax.Array], groups: list[int], good: jax.Array
+    layers: list[Layer], each: list[jax.Array], factors: list[jax.Array], groups: list[int]
 ) -> list[jax.Array]:
     """The leaves' sums sum_b factor_b e_b from gradients that were written out. `groups`: each leaf's factors."""
-    totals = row_sums(each, list(map(batch_axis, layers)), factors, groups, good)
+    totals = row_sums(each, list(map(batch_axis, layers)), factors, groups)
     plain = [layer.rules and _is_plain(layer) for layer in layers]
     return [x.rules[0].finish(y) if on else y for x, y, on in zip(layers, totals, plain, strict=True)]
 
 
-def sum_factors(layer: Layer, pairs: list[Pair], factor: jax.Array, good: jax.Array) -> jax.Array:
+def sum_factors(layer: Layer, pairs: list[Pair], factor: jax.Array) -> jax.Array:
     """The leaf's sum_b factor_b e_b from the operands."""
-    terms = [rule.summed(*pair, factor, good) for rule, pair in zip(layer.rules, pairs, strict=True)]
-    return functools.reduce(jnp.add, terms) if layer.tail is None else run(layer.tail, *layer.leaves, *terms)[0]
+    terms = [rule.summed(*pair, factor) for rule, pair in zip(layer.rules, pairs, strict=True)]
+    return functools.reduce(jnp.add, terms)
 
 
 def _shared_tables(rules: tuple[Rule, ...], pairs: list[Pair]) -> Pair:

@@ -107,11 +107,6 @@ def widened(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
     return x, y, dtype
 
 
-def row_norms(x: jax.Array) -> jax.Array:
-    """[..., D] -> [...], upper bounds of the Euclidean norms, in at least float32."""
-    return jnp.sqrt(square_sum(x, 1) + hidden(x.shape[-1]))
-
-
 def hidden(length: int) -> float:
     """What flushing may hide in a dot product of this length."""
     return length * TINY

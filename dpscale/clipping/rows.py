@@ -1,6 +1,6 @@
 """The shortened program's values over a batch: what norms and clipped sums are made of."""
 
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from dpscale.clipping.cut import Frame
 from dpscale.clipping.equations import Name, Operand, expose, run, with_zero
 from dpscale.clipping.example import Problem
-from dpscale.clipping.hold import cleared, held
+from dpscale.clipping.hold import cleared, finite_or_zero, held
 from dpscale.clipping.norms import Squares, over_parts
-from dpscale.clipping.split import Split, root_of
+from dpscale.clipping.split import Root, Split, root_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +27,17 @@ class Evaluated:
     kept: dict[tuple[Operand, int | None], jax.Array]
 
 
-def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | None = None) -> Evaluated:
-    """Runs the shortened program under vmap.
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What ghost's second pass is given: f[B] of each clip group, 0 where a row counts as nothing; and the squared
+    norms f[scans.., B] that each layer inside of a scan keeps to, by its number."""
 
-    `factors`: f[B] of each clip group, for the second pass, in which every row counts.
-    """
+    factors: list[jax.Array]
+    allowed: dict[int, jax.Array]
+
+
+def evaluate_rows(parts: Split, problem: Problem, weights: Weights | None = None) -> Evaluated:
+    """Runs the shortened program under vmap. `weights`: in ghost's second pass."""
     program, count = parts.program, len(problem.leaves)
     heads, producers = program.outputs[: 1 + parts.num_aux], program.producers()
     asked: dict[tuple[Operand, int | None], None] = {}
@@ -39,34 +45,48 @@ def evaluate_rows(parts: Split, problem: Problem, factors: list[jax.Array] | Non
         inside = parts.inside.get(j)
         if inside is not None:
             depth = len(layer.rules[0].product.frames)
-            asked |= dict.fromkeys(
-                [(inside.total, None)] if factors is not None else [(x, depth) for x in inside.squares]
-            )
+            asked |= dict.fromkeys([(inside.total, None)] if weights else [(x, depth) for x in inside.squares])
         elif layer.rules:
             asked |= {root_of(x, rule.product.frames, producers): None for rule in layer.rules for x in rule.operands}
         else:
             asked[root_of(gradient, (), producers)] = None
     short = expose(program, [*heads, *(x for x, _ in asked)])
-    if factors is not None:  # or the compiler merges the arrays of zeros of both passes, and keeps them all the time
-        short = with_zero(short, held(jnp.zeros(()), problem.mask))
-    # Both passes of ghost hold where a value is made, and so are put together alike. Else all are held at the end.
-    early = {*heads, *(x for x, _ in parts.held)} & producers.keys() if parts.method == "ghost" else set[Operand]()
-    given = {x for x, _ in asked if not isinstance(x, Name)} | {*program.inputs}
-    late = [root for root in asked if root in parts.held and root[0] not in early | given]
+    through = None
+    late = [x for x in asked if x in parts.held and isinstance(x[0], Name) and x[0] not in program.inputs]
+    if weights:  # zeros of its own: the compiler would merge those of both passes, and keep them all the time
+        short, through = with_zero(short, held(jnp.zeros(()), problem.mask)), _made_for_sums(parts, problem.mask)
+    if parts.method == "ghost":  # nothing is summed of the first pass's values; the second's cannot wait
+        late = [x for x in late if weights and x[0] not in producers]
 
-    def through(name, value):
-        return held(value, problem.mask) if name in early else value
-
-    def one(row, factors):
-        parts.weights.factors, parts.weights.good = factors, jnp.ones((), bool)
+    def one(row, factors, allowed):
+        parts.weights.factors = factors
+        for j, inside in parts.inside.items():
+            inside.allowed.value = allowed.get(j)
         values = run(short, *problem.leaves, *row, through=through)
         return tuple(values[: len(heads)]), tuple(values[len(heads) :])
 
-    depths = tuple(depth for _, depth in asked)
-    first, values = jax.vmap(one, out_axes=(0, depths))(jax.tree.leaves(problem.rows), factors)
+    factors, allowed = (weights.factors, weights.allowed) if weights else ([], {})
+    given = jax.tree.leaves(problem.rows), factors, allowed
+    axes = 0, 0, {j: len(parts.layers[j].rules[0].product.frames) for j in allowed}
+    first, values = jax.vmap(one, axes, (0, tuple(depth for _, depth in asked)))(*given)
     kept = dict(zip(asked, values, strict=True))
+    if weights:
+        kept |= {x: finite_or_zero(kept[x]) for x in first_roots(parts) if x[0] not in producers}
     kept |= zip(late, held([kept[root] for root in late], problem.mask), strict=True)
     return Evaluated(first[0], parts.aux_tree.unflatten(first[1:]), kept)
+
+
+def _made_for_sums(parts: Split, mask: jax.Array) -> Callable[[Name, jax.Array], jax.Array]:
+    """What each value of the second pass goes through where it is made: it is held if sums are made of it. First
+    operands are made finite before that, so that times 0 they are 0: a row that was finite in the first pass need not
+    be in the second, which the compiler may round otherwise."""
+    once, first = {x for x, _ in parts.held}, {x for x, _ in first_roots(parts)}
+
+    def through(name: Name, value: jax.Array) -> jax.Array:
+        value = finite_or_zero(value) if name in first else value
+        return held(value, mask) if name in once else value
+
+    return through
 
 
 def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
@@ -97,15 +117,19 @@ def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
     return values
 
 
-def without_bad_rows(parts: Split, rows: Evaluated, good: jax.Array, summed: Collection[int]) -> Evaluated:
+def without_bad_rows(parts: Split, rows: Evaluated, good: jax.Array) -> Evaluated:
     """The values whose rows may be multiplied by zero: first operands are zero where rows are not `good`, bool[B].
 
-    `summed`: the layers whose sums are made of operands. Second operands are scaled by the factors, and bad rows are
-    selected away in passing.
+    Second operands are scaled by the factors, and bad rows are selected away in passing.
     """
-    producers = parts.program.producers()
-    rules = [rule for j in summed for rule in parts.layers[j].rules]
-    roots = dict.fromkeys(root_of(rule.operands[0], rule.product.frames, producers) for rule in rules)
-    roots = [root for root in roots if jnp.issubdtype(rows.kept[root].dtype, jnp.inexact)]
+    roots = [root for root in first_roots(parts) if jnp.issubdtype(rows.kept[root].dtype, jnp.inexact)]
     clean = cleared([rows.kept[root] for root in roots], good, tuple(depth for _, depth in roots))
     return replace(rows, kept=rows.kept | dict(zip(roots, clean, strict=True)))
+
+
+def first_roots(parts: Split) -> list[Root]:
+    """What is kept for the first operands of layers whose sums are made of operands."""
+    producers = parts.program.producers()
+    summed = [layer for j, layer in enumerate(parts.layers) if layer.folds and j not in parts.inside]
+    rules = [rule for layer in summed for rule in layer.rules]
+    return list(dict.fromkeys(root_of(rule.operands[0], rule.product.frames, producers) for rule in rules))

@@ -28,7 +28,7 @@ from dpscale.clipping.equations import (
 from dpscale.clipping.example import Problem
 from dpscale.clipping.inside import Inside, RowWeights, taken_inside
 from dpscale.clipping.jaxpr import trace
-from dpscale.clipping.layers import Layer, choose_routes, layer_for
+from dpscale.clipping.layers import Layer, choose_routes, layer_for, operand_floats
 
 Root = tuple[Operand, int]
 """A value that is kept, and how many scan axes it has in front of its batch axis."""
@@ -83,24 +83,17 @@ def split_backward(problem: Problem, method: str) -> Split:
         found = cut(program, gradient, moving, program.inputs[:count])
         layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
     layers = choose_routes(layers, refold=method == "ghost")
-    weights, inside = RowWeights([]), {}
-    for j, layer in enumerate(layers):
-        found = taken_inside(layer, problem.groups[j], weights, problem.mask) if method == "ghost" else None
-        if found is not None:
-            inside[j] = found
+    weights, floats = RowWeights([]), sum(map(operand_floats, layers))
+    found = [taken_inside(x, problem.groups[j], weights, floats) for j, x in enumerate(layers) if method == "ghost"]
+    inside = {j: x for j, x in enumerate(found) if x is not None}
     producers, gradients = program.producers(), program.outputs[-count:]
-    rules = [(rule, on) for layer, on in zip(layers, _summed(layers, method), strict=True) for rule in layer.rules]
+    rules = [(rule, layer.folds) for layer in layers for rule in layer.rules]
     found = [(x, rule.product.frames, on) for rule, on in rules for x in rule.operands]
     once = {root_of(x, frames, producers) for x, frames, _ in found if _is_made_once(x, frames, producers)}
     held = frozenset(root_of(x, frames, producers) for x, frames, on in found if on) - once
     views = [j for j, x in enumerate(gradients) if not layers[j].rules and root_of(x, (), producers) in held | once]
     num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
     return Split(program, method, layers, num_aux, aux_tree, inside, weights, held, frozenset(views))
-
-
-def _summed(layers: list[Layer], method: str) -> list[bool]:
-    """Which layers' sums are made of their operands, and not of what was written out."""
-    return [method == "ghost" or layer.route in ("outer", "ghost") for layer in layers]
 
 
 def _is_made_once(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> bool:

@@ -1,0 +1,141 @@
+"""Ghost's second pass keeps to the norms of the first, whatever it sees.
+
+A compiler may round the two passes otherwise, and where gradients are nothing but rounding they then have little to do
+with each other. Here the second pass is given other rows altogether, which no compiler could outdo.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clipping_cases import CASES
+from test_clipping_split import build
+
+from dpscale.clipping import ROUNDING_SLACK, Normalized, PerGroup, clipped_grad, engine, layers
+
+CLIP_NORM = 0.7
+AS_THEY_ARE, OTHERS, LARGER, NOT_A_NUMBER = range(4)
+FAST = {"dense_with_positions", "scan_over_layers", "conv_2d_grouped_strided", "weight_standardised_conv"}
+PARAMS = [pytest.param(c, id=c.name, marks=[] if c.name in FAST else [pytest.mark.slow]) for c in CASES]
+
+
+def spoilt(rows, how):
+    """The rows of the second pass: each the next one in place of it, or 1,000 times as large, or no numbers."""
+
+    def one(x):
+        ways = [x, jnp.take(x, (jnp.arange(x.shape[0]) + 1) % x.shape[0], axis=0), x, x]
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            ways[LARGER], ways[NOT_A_NUMBER] = x * 1000, x * jnp.nan
+        return jax.lax.switch(how, [lambda way=way: way for way in ways])
+
+    return jax.tree.map(one, rows)
+
+
+def clipped_with_a_spoilt_second_pass(monkeypatch, loss, **options):
+    """A jitted (params, batch, mask, keys, how) -> ClippedSum."""
+    evaluate, seen = engine.evaluate_rows, {}
+
+    def evaluate_rows(parts, problem, weights=None):
+        if weights is None:
+            seen["rows"] = problem.rows
+        else:
+            problem = dataclasses.replace(problem, rows=spoilt(seen["rows"], seen["how"]))
+        return evaluate(parts, problem, weights)
+
+    def step(params, batch, mask, keys, how):
+        seen["how"] = how
+        return clipped_grad(loss, method="ghost", **options)(params, batch, mask, keys)
+
+    monkeypatch.setattr(engine, "evaluate_rows", evaluate_rows)
+    return jax.jit(step)
+
+
+def size(total):
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(total)]
+    return np.sqrt(sum(np.sum(np.square(x)) for x in leaves))
+
+
+@pytest.mark.parametrize("case", PARAMS)
+@pytest.mark.parametrize("slices", [False, True])
+def test_no_example_gives_more_than_the_first_pass_measured(case, slices, monkeypatch):
+    if slices:
+        monkeypatch.setattr(layers, "SLICES", 1 << 20)
+        monkeypatch.setattr(engine, "UNSLICED_SHARE", 0)
+    loss, params, batch, mask, keys = build(case)
+    clipped = clipped_with_a_spoilt_second_pass(monkeypatch, loss, clip_norm=CLIP_NORM, has_aux=case.has_aux)
+    for row in (0, 1):
+        alone = jnp.arange(mask.shape[0]) == row
+        outs = [clipped(params, batch, alone, keys, how) for how in range(4)]
+        norm = min(CLIP_NORM, float(outs[AS_THEY_ARE].norms[row]))
+        np.testing.assert_allclose(size(outs[AS_THEY_ARE].grad_sum), norm, rtol=0.06)  # tables give an upper bound
+        for out in outs[1:]:
+            assert size(out.grad_sum) <= norm * (1 + ROUNDING_SLACK)
+            np.testing.assert_array_equal(out.norms, outs[0].norms)
+
+
+def mixed(p, x):
+    h = jnp.tanh(x @ p["w"] + p["b"])
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w) + h, None), h, p["stack"])
+    return jnp.sum(jnp.sin(h.mean(0) @ p["out"]))
+
+
+def mixed_params(rng):
+    shapes = {"w": (5, 6), "b": (6,), "stack": (3, 6, 6), "out": (6, 4)}
+    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("how", [OTHERS, LARGER, NOT_A_NUMBER])
+def test_each_group_keeps_to_its_own_norm(how, monkeypatch):
+    rng = np.random.default_rng(0)
+    params, x = mixed_params(rng), jnp.asarray(rng.standard_normal((4, 3, 5)), jnp.float32)
+    norms = {"w": 0.1, "b": 0.02, "stack": 0.3, "out": 0.05}
+    clipped = clipped_with_a_spoilt_second_pass(monkeypatch, mixed, bound=PerGroup(norms))
+    for row in range(4):
+        total = clipped(params, x, jnp.arange(4) == row, None, how).grad_sum
+        for name, norm in norms.items():
+            assert size(total[name]) <= norm * (1 + ROUNDING_SLACK)
+
+
+@pytest.mark.parametrize("how", [OTHERS, LARGER, NOT_A_NUMBER])
+def test_normalised_gradients_keep_to_the_bound(how, monkeypatch):
+    rng = np.random.default_rng(1)
+    params, x = mixed_params(rng), jnp.asarray(rng.standard_normal((4, 3, 5)), jnp.float32)
+    clipped = clipped_with_a_spoilt_second_pass(monkeypatch, mixed, bound=Normalized(0.5, 0.01))
+    for row in range(4):
+        assert size(clipped(params, x, jnp.arange(4) == row, None, how).grad_sum) <= 0.5 * (1 + ROUNDING_SLACK)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_row_that_is_no_number_in_the_second_pass_only_leaves_the_others_bits(bad, monkeypatch):
+    """As the square root of a variance that rounds to a little below zero."""
+    rng = np.random.default_rng(2)
+    params, x = mixed_params(rng), jnp.asarray(rng.standard_normal((4, 3, 5)), jnp.float32)
+    evaluate = engine.evaluate_rows
+
+    def step(params, x, mask, worse):
+        def evaluate_rows(parts, problem, weights=None):
+            rows = problem.rows if weights is None else jax.tree.map(lambda y: y.at[1].multiply(worse), problem.rows)
+            return evaluate(parts, dataclasses.replace(problem, rows=rows), weights)
+
+        monkeypatch.setattr(engine, "evaluate_rows", evaluate_rows)
+        return clipped_grad(mixed, 0.2, "ghost")(params, x, mask).grad_sum
+
+    step = jax.jit(step)
+    found = step(params, x, jnp.ones(4, bool), bad)
+    expected = step(params, x, jnp.arange(4) != 1, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_without_the_cap_the_spoilt_pass_breaks_the_bound(monkeypatch):
+    rng = np.random.default_rng(3)
+    params, x = mixed_params(rng), jnp.asarray(rng.standard_normal((4, 3, 5)), jnp.float32)
+    params.pop("stack")
+
+    def loss(p, x):
+        return jnp.sum(x @ p["w"]) ** 2
+
+    monkeypatch.setattr(layers, "capped", lambda factor, allowed, square, size: factor)
+    clipped = clipped_with_a_spoilt_second_pass(monkeypatch, loss, clip_norm=0.2)
+    assert size(clipped(params, x, jnp.arange(4) == 0, None, LARGER).grad_sum) > 100
