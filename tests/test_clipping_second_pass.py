@@ -35,20 +35,18 @@ def spoilt(rows, how):
 
 def clipped_with_a_spoilt_second_pass(monkeypatch, loss, **options):
     """A jitted (params, batch, mask, keys, how) -> ClippedSum."""
-    evaluate, seen = engine.evaluate_rows, {}
+    evaluate, seen = engine.evaluate_again, {}
 
-    def evaluate_rows(parts, problem, weights=None):
-        if weights is None:
-            seen["rows"] = problem.rows
-        else:
-            problem = dataclasses.replace(problem, rows=spoilt(seen["rows"], seen["how"]))
-        return evaluate(parts, problem, weights)
+    def evaluate_again(parts, problem, *weights):
+        rows = spoilt((seen["batch"], seen["keys"]), seen["how"])
+        rows = jax.tree.unflatten(jax.tree.structure(problem.rows), jax.tree.leaves(rows))
+        return evaluate(parts, dataclasses.replace(problem, rows=rows), *weights)
 
     def step(params, batch, mask, keys, how):
-        seen["how"] = how
+        seen.update(batch=batch, keys=keys, how=how)
         return clipped_grad(loss, method="ghost", **options)(params, batch, mask, keys)
 
-    monkeypatch.setattr(engine, "evaluate_rows", evaluate_rows)
+    monkeypatch.setattr(engine, "evaluate_again", evaluate_again)
     return jax.jit(step)
 
 
@@ -112,14 +110,14 @@ def test_a_row_that_is_no_number_in_the_second_pass_only_leaves_the_others_bits(
     """As the square root of a variance that rounds to a little below zero."""
     rng = np.random.default_rng(2)
     params, x = mixed_params(rng), jnp.asarray(rng.standard_normal((4, 3, 5)), jnp.float32)
-    evaluate = engine.evaluate_rows
+    evaluate = engine.evaluate_again
 
     def step(params, x, mask, worse):
-        def evaluate_rows(parts, problem, weights=None):
-            rows = problem.rows if weights is None else jax.tree.map(lambda y: y.at[1].multiply(worse), problem.rows)
-            return evaluate(parts, dataclasses.replace(problem, rows=rows), weights)
+        def evaluate_again(parts, problem, *weights):
+            rows = jax.tree.map(lambda y: y.at[1].multiply(worse), problem.rows)
+            return evaluate(parts, dataclasses.replace(problem, rows=rows), *weights)
 
-        monkeypatch.setattr(engine, "evaluate_rows", evaluate_rows)
+        monkeypatch.setattr(engine, "evaluate_again", evaluate_again)
         return clipped_grad(mixed, 0.2, "ghost")(params, x, mask).grad_sum
 
     step = jax.jit(step)

@@ -36,7 +36,7 @@ from dpscale.clipping.layers import (
     sum_written_out,
 )
 from dpscale.clipping.norms import Squares, square_sum
-from dpscale.clipping.rows import Evaluated, Weights, evaluate_rows, layer_values, without_bad_rows
+from dpscale.clipping.rows import Evaluated, evaluate_again, evaluate_rows, layer_values, without_bad_rows
 from dpscale.clipping.split import Split, split_backward
 
 BUNDLED_FLOATS = 2**14
@@ -153,10 +153,10 @@ def sum_again(parts: Split, problem: Problem, found: Measured, rows: Evaluated) 
     """
     again = replace(problem, rows=replace_rows(found.good, problem.rows))
     depths = {j: len(parts.layers[j].rules[0].product.frames) for j in parts.inside}
-    weights = Weights(found.factors, {j: rows.kept[x.squares[1], depths[j]] for j, x in parts.inside.items()})
+    allowed = {j: rows.kept[x.squares[1], depths[j]] for j, x in parts.inside.items()}
 
     def second() -> list[jax.Array]:
-        evaluated = evaluate_rows(parts, again, weights)
+        evaluated = evaluate_again(parts, again, found.factors, allowed)
         values, sums = layer_values(parts, evaluated), dict[int, jax.Array]()
         for places in bundles(parts, problem):
             first = places[0]

@@ -1,6 +1,6 @@
 """The shortened program's values over a batch: what norms and clipped sums are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from dpscale.clipping.cut import Frame
-from dpscale.clipping.equations import Name, Operand, expose, run, with_zero
+from dpscale.clipping.equations import Name, Operand, Program, expose, run, with_zero
 from dpscale.clipping.example import Problem
 from dpscale.clipping.hold import cleared, finite_or_zero, held
 from dpscale.clipping.norms import Squares, over_parts
 from dpscale.clipping.split import Root, Split, root_of
+
+Asked = tuple[Operand, int | None]
+"""A value of the program, and where its batch axis is; None where it has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,69 +27,95 @@ class Evaluated:
 
     losses: jax.Array
     aux: Any
-    kept: dict[tuple[Operand, int | None], jax.Array]
+    kept: dict[Asked, jax.Array]
 
 
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """What ghost's second pass is given: f[B] of each clip group, 0 where a row counts as nothing; and the squared
-    norms f[scans.., B] that each layer inside of a scan keeps to, by its number."""
+def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
+    """The only pass of book-keeping, whose sums are made of it; or ghost's first, of which nothing is summed."""
+    asked = _asked(parts, again=False)
+    rows = _vmapped(parts, asked, _shortened(parts, asked), problem.leaves, jax.tree.leaves(problem.rows))
+    made = [x for x in asked if isinstance(x[0], Name) and x[0] not in parts.program.inputs]
+    return rows if parts.method == "ghost" else _held(parts, rows, made, problem.mask)
 
-    factors: list[jax.Array]
-    allowed: dict[int, jax.Array]
+
+def evaluate_again(
+    parts: Split, problem: Problem, factors: list[jax.Array], allowed: dict[int, jax.Array]
+) -> Evaluated:
+    """Ghost's second pass. What sums are made of is held where it is made, since nothing may wait for the end.
+
+    `factors`: f[B] of each clip group, 0 where a row counts as nothing. `allowed`: the squared norms f[scans.., B] that
+    layers inside of scans keep to, by their number.
+
+    First operands are made finite, so that times 0 they are 0: a row that was finite in the first pass need not be in
+    this one, which the compiler may round otherwise. The zeros of `max(x, 0)` are this pass's own: the compiler would
+    merge those of both passes, and keep them all the time.
+    """
+    program, asked = parts.program, _asked(parts, again=True)
+    given, made = program.inputs[len(problem.leaves) :], program.producers().keys()
+    once, first = {x for x, _ in parts.held} & made, {x for x, _ in first_roots(parts)}
+
+    def through(name: Name, value: jax.Array) -> jax.Array:
+        value = finite_or_zero(value) if name in first else value
+        return held(value, problem.mask) if name in once else value
+
+    short = with_zero(_shortened(parts, asked), held(jnp.zeros(()), problem.mask))
+    finite = list(map(through, given, jax.tree.leaves(problem.rows)))
+    rows = _vmapped(parts, asked, short, problem.leaves, finite, through, factors, allowed)
+    scanned = [x for x in asked if x[0] not in made and x[0] not in program.inputs]  # or a constant
+    rows = replace(rows, kept=rows.kept | {x: finite_or_zero(rows.kept[x]) for x in scanned if x[0] in first})
+    return _held(parts, rows, scanned, problem.mask)
 
 
-def evaluate_rows(parts: Split, problem: Problem, weights: Weights | None = None) -> Evaluated:
-    """Runs the shortened program under vmap. `weights`: in ghost's second pass."""
-    program, count = parts.program, len(problem.leaves)
-    heads, producers = program.outputs[: 1 + parts.num_aux], program.producers()
-    asked: dict[tuple[Operand, int | None], None] = {}
-    for j, (layer, gradient) in enumerate(zip(parts.layers, program.outputs[-count:], strict=True)):
+def _asked(parts: Split, again: bool) -> list[Asked]:
+    """What norms are made of; `again`: what sums are. The bodies of scans make some of both themselves."""
+    program, asked = parts.program, dict[Asked, None]()
+    producers, gradients = program.producers(), program.outputs[-len(parts.layers) :]
+    for j, (layer, gradient) in enumerate(zip(parts.layers, gradients, strict=True)):
         inside = parts.inside.get(j)
         if inside is not None:
             depth = len(layer.rules[0].product.frames)
-            asked |= dict.fromkeys([(inside.total, None)] if weights else [(x, depth) for x in inside.squares])
+            asked |= dict.fromkeys([(inside.total, None)] if again else [(x, depth) for x in inside.squares])
         elif layer.rules:
             asked |= {root_of(x, rule.product.frames, producers): None for rule in layer.rules for x in rule.operands}
         else:
             asked[root_of(gradient, (), producers)] = None
-    short = expose(program, [*heads, *(x for x, _ in asked)])
-    through = None
-    late = [x for x in asked if x in parts.held and isinstance(x[0], Name) and x[0] not in program.inputs]
-    if weights:  # zeros of its own: the compiler would merge those of both passes, and keep them all the time
-        short, through = with_zero(short, held(jnp.zeros(()), problem.mask)), _made_for_sums(parts, problem.mask)
-    if parts.method == "ghost":  # nothing is summed of the first pass's values; the second's cannot wait
-        late = [x for x in late if weights and x[0] not in producers]
+    return list(asked)
+
+
+def _shortened(parts: Split, asked: list[Asked]) -> Program:
+    """The program that ends in the loss, the auxiliary outputs and what is asked."""
+    return expose(parts.program, [*parts.program.outputs[: 1 + parts.num_aux], *(x for x, _ in asked)])
+
+
+def _vmapped(
+    parts: Split,
+    asked: list[Asked],
+    short: Program,
+    leaves: list[jax.Array],
+    rows: list[jax.Array],
+    through: Callable[[Name, jax.Array], jax.Array] | None = None,
+    factors: Sequence[jax.Array] = (),
+    allowed: dict[int, jax.Array] | None = None,
+) -> Evaluated:
+    """The program's values under vmap. What its scans' sums read, `factors` and `allowed`, is set on the way."""
 
     def one(row, factors, allowed):
         parts.weights.factors = factors
         for j, inside in parts.inside.items():
             inside.allowed.value = allowed.get(j)
-        values = run(short, *problem.leaves, *row, through=through)
-        return tuple(values[: len(heads)]), tuple(values[len(heads) :])
+        values = run(short, *leaves, *row, through=through)
+        return tuple(values[: 1 + parts.num_aux]), tuple(values[1 + parts.num_aux :])
 
-    factors, allowed = (weights.factors, weights.allowed) if weights else ([], {})
-    given = jax.tree.leaves(problem.rows), factors, allowed
+    allowed = allowed or {}
     axes = 0, 0, {j: len(parts.layers[j].rules[0].product.frames) for j in allowed}
-    first, values = jax.vmap(one, axes, (0, tuple(depth for _, depth in asked)))(*given)
-    kept = dict(zip(asked, values, strict=True))
-    if weights:
-        kept |= {x: finite_or_zero(kept[x]) for x in first_roots(parts) if x[0] not in producers}
-    kept |= zip(late, held([kept[root] for root in late], problem.mask), strict=True)
-    return Evaluated(first[0], parts.aux_tree.unflatten(first[1:]), kept)
+    head, values = jax.vmap(one, axes, (0, tuple(at for _, at in asked)))(rows, list(factors), allowed)
+    return Evaluated(head[0], parts.aux_tree.unflatten(head[1:]), dict(zip(asked, values, strict=True)))
 
 
-def _made_for_sums(parts: Split, mask: jax.Array) -> Callable[[Name, jax.Array], jax.Array]:
-    """What each value of the second pass goes through where it is made: it is held if sums are made of it. First
-    operands are made finite before that, so that times 0 they are 0: a row that was finite in the first pass need not
-    be in the second, which the compiler may round otherwise."""
-    once, first = {x for x, _ in parts.held}, {x for x, _ in first_roots(parts)}
-
-    def through(name: Name, value: jax.Array) -> jax.Array:
-        value = finite_or_zero(value) if name in first else value
-        return held(value, mask) if name in once else value
-
-    return through
+def _held(parts: Split, rows: Evaluated, asked: list[Asked], mask: jax.Array) -> Evaluated:
+    """The values with those of `asked` held of which sums are made."""
+    loose = [x for x in asked if x in parts.held]
+    return replace(rows, kept=rows.kept | dict(zip(loose, held([rows.kept[x] for x in loose], mask), strict=True)))
 
 
 def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
