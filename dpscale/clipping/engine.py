@@ -86,6 +86,8 @@ def measure_rows(parts: Split, problem: Problem, rows: Evaluated) -> Measured:
             squares[first] = Squares(*[_joint_square(list(written.values()))] * 2)
             for j in written.keys() - parts.views:  # a view is made again, of what is summed
                 each[j] = written[j]
+    if once is None:  # what the second pass keeps to must be what the factors are made of
+        squares = held(squares, problem.mask)
     estimates, allowed = {j: x.estimate for j, x in squares.items()}, {j: x.upper for j, x in squares.items()}
     norms, factors = clip_factors(problem, estimates, allowed)
     by_group = group_norms(problem, estimates)

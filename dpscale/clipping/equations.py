@@ -233,7 +233,7 @@ def with_zero(program: Program, zero: jax.Array) -> Program:
 
     def replaced(x: Operand) -> Operand:
         known = x.literal if isinstance(x, Constant) and x.shape == () else None
-        if known is None or known or not jax.numpy.issubdtype(known.dtype, np.floating):
+        if known is None or known or not jax.numpy.issubdtype(known.dtype, np.floating) or np.signbit(known):
             return x
         return Constant(zero.astype(known.dtype))
 

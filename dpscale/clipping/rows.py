@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpscale.clipping.convolution import Convolution
 from dpscale.clipping.cut import Frame
 from dpscale.clipping.equations import Name, Operand, Program, expose, run, with_zero
 from dpscale.clipping.example import Problem
@@ -31,11 +32,15 @@ class Evaluated:
 
 
 def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
-    """The only pass of book-keeping, whose sums are made of it; or ghost's first, of which nothing is summed."""
+    """The only pass of book-keeping, whose sums are made of it; or ghost's first, of which nothing is summed: only the
+    squared norms that scans give are held, since the second pass keeps to them too."""
     asked = _asked(parts, again=False)
     rows = _vmapped(parts, asked, _shortened(parts, asked), problem.leaves, jax.tree.leaves(problem.rows))
+    if parts.method == "ghost":
+        squares = {x for inside in parts.inside.values() for x in inside.squares}
+        return _held(rows, [x for x in asked if x[0] in squares], problem.mask)
     made = [x for x in asked if isinstance(x[0], Name) and x[0] not in parts.program.inputs]
-    return rows if parts.method == "ghost" else _held(parts, rows, made, problem.mask)
+    return _held(rows, [x for x in made if x in parts.held], problem.mask)
 
 
 def evaluate_again(
@@ -47,23 +52,25 @@ def evaluate_again(
     layers inside of scans keep to, by their number.
 
     First operands are made finite, so that times 0 they are 0: a row that was finite in the first pass need not be in
-    this one, which the compiler may round otherwise. The zeros of `max(x, 0)` are this pass's own: the compiler would
-    merge those of both passes, and keep them all the time.
+    this one, which the compiler may round otherwise. Where they are made, if a product reads all of them: whatever else
+    uses them then meets nothing new in a row whose first norm was finite. The zeros of `max(x, 0)` are this pass's own:
+    the compiler would merge those of both passes, and keep them all the time.
     """
     program, asked = parts.program, _asked(parts, again=True)
     given, made = program.inputs[len(problem.leaves) :], program.producers().keys()
-    once, first = {x for x, _ in parts.held} & made, {x for x, _ in first_roots(parts)}
+    once, first = {x for x, _ in parts.held} & made, first_roots(parts)
+    read = {x for (x, _), whole in first.items() if whole and (x in made or x in given)}
 
     def through(name: Name, value: jax.Array) -> jax.Array:
-        value = finite_or_zero(value) if name in first else value
+        value = finite_or_zero(value) if name in read else value
         return held(value, problem.mask) if name in once else value
 
     short = with_zero(_shortened(parts, asked), held(jnp.zeros(()), problem.mask))
     finite = list(map(through, given, jax.tree.leaves(problem.rows)))
     rows = _vmapped(parts, asked, short, problem.leaves, finite, through, factors, allowed)
-    scanned = [x for x in asked if x[0] not in made and x[0] not in program.inputs]  # or a constant
-    rows = replace(rows, kept=rows.kept | {x: finite_or_zero(rows.kept[x]) for x in scanned if x[0] in first})
-    return _held(parts, rows, scanned, problem.mask)
+    rows = replace(rows, kept=rows.kept | {x: finite_or_zero(rows.kept[x]) for x in first if x[0] not in read})
+    scanned = [x for x in asked if x in parts.held and x[0] not in made]
+    return _held(rows, [x for x in scanned if isinstance(x[0], Name) and x[0] not in program.inputs], problem.mask)
 
 
 def _asked(parts: Split, again: bool) -> list[Asked]:
@@ -100,10 +107,13 @@ def _vmapped(
     """The program's values under vmap. What its scans' sums read, `factors` and `allowed`, is set on the way."""
 
     def one(row, factors, allowed):
-        parts.weights.factors = factors
+        parts.weights.factors = list(factors)
         for j, inside in parts.inside.items():
             inside.allowed.value = allowed.get(j)
         values = run(short, *leaves, *row, through=through)
+        parts.weights.factors = []  # no trace outlives its function
+        for inside in parts.inside.values():
+            inside.allowed.value = None
         return tuple(values[: 1 + parts.num_aux]), tuple(values[1 + parts.num_aux :])
 
     allowed = allowed or {}
@@ -112,10 +122,9 @@ def _vmapped(
     return Evaluated(head[0], parts.aux_tree.unflatten(head[1:]), dict(zip(asked, values, strict=True)))
 
 
-def _held(parts: Split, rows: Evaluated, asked: list[Asked], mask: jax.Array) -> Evaluated:
-    """The values with those of `asked` held of which sums are made."""
-    loose = [x for x in asked if x in parts.held]
-    return replace(rows, kept=rows.kept | dict(zip(loose, held([rows.kept[x] for x in loose], mask), strict=True)))
+def _held(rows: Evaluated, asked: list[Asked], mask: jax.Array) -> Evaluated:
+    """The values, with those of `asked` held."""
+    return replace(rows, kept=rows.kept | dict(zip(asked, held([rows.kept[x] for x in asked], mask), strict=True)))
 
 
 def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
@@ -156,9 +165,12 @@ def without_bad_rows(parts: Split, rows: Evaluated, good: jax.Array) -> Evaluate
     return replace(rows, kept=rows.kept | dict(zip(roots, clean, strict=True)))
 
 
-def first_roots(parts: Split) -> list[Root]:
-    """What is kept for the first operands of layers whose sums are made of operands."""
-    producers = parts.program.producers()
+def first_roots(parts: Split) -> dict[Root, bool]:
+    """What is kept for the first operands of layers whose sums are made of operands, and whether a product reads all of
+    it: a convolution may skip some."""
+    producers, found = parts.program.producers(), dict[Root, bool]()
     summed = [layer for j, layer in enumerate(parts.layers) if layer.folds and j not in parts.inside]
-    rules = [rule for layer in summed for rule in layer.rules]
-    return list(dict.fromkeys(root_of(rule.operands[0], rule.product.frames, producers) for rule in rules))
+    for rule in (rule for layer in summed for rule in layer.rules):
+        root = root_of(rule.operands[0], rule.product.frames, producers)
+        found[root] = found.get(root, False) or not isinstance(rule, Convolution)
+    return found
