@@ -36,7 +36,14 @@ from dpscale.clipping.layers import (
     sum_written_out,
 )
 from dpscale.clipping.norms import Squares, square_sum
-from dpscale.clipping.rows import Evaluated, evaluate_again, evaluate_rows, layer_values, without_bad_rows
+from dpscale.clipping.rows import (
+    Evaluated,
+    evaluate_again,
+    evaluate_rows,
+    layer_values,
+    with_inputs_held,
+    without_bad_rows,
+)
 from dpscale.clipping.split import Split, split_backward
 
 BUNDLED_FLOATS = 2**14
@@ -122,6 +129,7 @@ def _joint_square(each: list[jax.Array]) -> jax.Array:
 def clipped_sum(problem: Problem, method: str) -> ClippedSum:
     """The clipped sum by "bookkeeping", "ghost" or "auto"."""
     parts = split_backward(problem, method)
+    problem = with_inputs_held(parts, problem)
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows)
     sums = sum_again if parts.method == "ghost" else sum_rows

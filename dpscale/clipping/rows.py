@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dpscale.clipping.convolution import Convolution
 from dpscale.clipping.cut import Frame
-from dpscale.clipping.equations import Name, Operand, Program, expose, run, with_zero
+from dpscale.clipping.equations import Constant, Name, Operand, Program, expose, run, with_zero
 from dpscale.clipping.example import Problem
 from dpscale.clipping.hold import cleared, finite_or_zero, held
 from dpscale.clipping.norms import Squares, over_parts
@@ -29,6 +30,25 @@ class Evaluated:
     losses: jax.Array
     aux: Any
     kept: dict[Asked, jax.Array]
+
+
+def with_inputs_held(parts: Split, problem: Problem) -> Problem:
+    """The problem with its rows, leaves and closed-over arrays held of which sums are made.
+
+    They may have been computed just before, and a compiler makes them again as it does any other value.
+    """
+    rows, tree = jax.tree.flatten(problem.rows)
+    given, summed = [*problem.leaves, *rows], {x for x, _ in parts.held}
+    places = [j for j, x in enumerate(parts.program.inputs) if x in summed and _is_float(given[j])]
+    constants = [x for x in summed if isinstance(x, Constant) and isinstance(x.value, Tracer)]
+    constants = [x for x in constants if _is_float(x.value)]
+    arrays, values = held(([given[j] for j in places], [x.value for x in constants]), problem.mask)
+    for constant, value in zip(constants, values, strict=True):
+        constant.value = value
+    for j, array in zip(places, arrays, strict=True):
+        given[j] = array
+    count = len(problem.leaves)
+    return replace(problem, leaves=given[:count], rows=tree.unflatten(given[count:]))
 
 
 def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
@@ -69,8 +89,10 @@ def evaluate_again(
     finite = list(map(through, given, jax.tree.leaves(problem.rows)))
     rows = _vmapped(parts, asked, short, problem.leaves, finite, through, factors, allowed)
     rows = replace(rows, kept=rows.kept | {x: finite_or_zero(rows.kept[x]) for x in first if x[0] not in read})
-    scanned = [x for x in asked if x in parts.held and x[0] not in made]
-    return _held(rows, [x for x in scanned if isinstance(x[0], Name) and x[0] not in program.inputs], problem.mask)
+    for root in asked:  # what comes out of scans, one by one: each may be needed for a while only
+        if root in parts.held and isinstance(root[0], Name) and root[0] not in made and root[0] not in program.inputs:
+            rows = _held(rows, [root], problem.mask)
+    return rows
 
 
 def _asked(parts: Split, again: bool) -> list[Asked]:
@@ -160,9 +182,13 @@ def without_bad_rows(parts: Split, rows: Evaluated, good: jax.Array) -> Evaluate
 
     Second operands are scaled by the factors, and bad rows are selected away in passing.
     """
-    roots = [root for root in first_roots(parts) if jnp.issubdtype(rows.kept[root].dtype, jnp.inexact)]
+    roots = [root for root in first_roots(parts) if _is_float(rows.kept[root])]
     clean = cleared([rows.kept[root] for root in roots], good, tuple(depth for _, depth in roots))
     return replace(rows, kept=rows.kept | dict(zip(roots, clean, strict=True)))
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def first_roots(parts: Split) -> dict[Root, bool]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
@@ -20,7 +21,6 @@ from dpscale.clipping.equations import (
     Name,
     Operand,
     Program,
-    Scan,
     moved_from,
     moving_names,
     walk,
@@ -89,26 +89,25 @@ def split_backward(problem: Problem, method: str) -> Split:
     producers, gradients = program.producers(), program.outputs[-count:]
     rules = [(rule, layer.folds) for layer in layers for rule in layer.rules]
     found = [(x, rule.product.frames, on) for rule, on in rules for x in rule.operands]
-    once = {root_of(x, frames, producers) for x, frames, _ in found if _is_made_once(x, frames, producers)}
+    unknown = [x for x, leaf in zip(program.inputs, problem.leaves, strict=False) if isinstance(leaf, Tracer)]
+    unknown = moving_names(program, [*unknown, *program.inputs[count:]])
+    once = {root_of(x, frames, producers) for x, frames, _ in found if _is_made_once(x, frames, producers, unknown)}
     held = frozenset(root_of(x, frames, producers) for x, frames, on in found if on) - once
     views = [j for j, x in enumerate(gradients) if not layers[j].rules and root_of(x, (), producers) in held | once]
     num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
     return Split(program, method, layers, num_aux, aux_tree, inside, weights, held, frozenset(views))
 
 
-def _is_made_once(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> bool:
-    """Whether a compiler makes a value once without being told to: a product, moved or not; what comes out of a loop.
+def _is_made_once(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation], unknown: set[Name]) -> bool:
+    """Whether a compiler makes a value once without being told to: a product, moved or not.
 
-    What it makes again is what costs little, as does a product over an axis of length 1. One round is no loop.
+    What it makes again is what costs little, as does a product over an axis of length 1, and as may one with what is
+    known while compiling, which it may take apart (`unknown`: what depends on the inputs). What comes out of a loop may
+    have been made outside of it.
     """
-    outermost = _outermost(x, frames)
-    if outermost is x and any(frame.scan.rounds > 1 for frame in frames):
-        return True
-    origin = moved_from(outermost, producers, MOVES)
+    origin = moved_from(_outermost(x, frames), producers, MOVES)
     equation = producers.get(origin) if isinstance(origin, Name) else None
-    if equation is None or equation.body is not None:
-        return equation is not None and Scan.of(equation).rounds > 1
-    if equation.operation != "dot_general":
+    if equation is None or equation.operation != "dot_general" or not unknown.issuperset(equation.inputs):
         return False
     (contracted, _), _ = equation.params["dimension_numbers"]
     return prod(equation.inputs[0].shape[i] for i in contracted) > 1
