@@ -85,11 +85,6 @@ class Scan:
         assert equation.body is not None
         return cls(equation, equation.body, equation.params["num_consts"], equation.params["num_carry"])
 
-    @property
-    def rounds(self) -> int:
-        """How often the loop runs: 1 where it is unrolled whole."""
-        return -(-self.equation.params["length"] // max(1, int(self.equation.params["unroll"])))
-
     def carry_input(self, j: int) -> Name:
         return self.body.inputs[self.consts + j]
 
