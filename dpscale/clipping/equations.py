@@ -1,6 +1,6 @@
 """Programs as plain equations: what they are made of, how they are cut to size, and how they are run."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -206,13 +206,12 @@ def _chosen(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
 
 
 RESHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
-MOVES = (*RESHAPES, "transpose")
 
 
-def moved_from(x: Operand, producers: dict[Name, Equation], moves: Collection[str] = RESHAPES) -> Operand:
-    """The value whose entries x holds in another shape: x itself, or what a chain of `moves` begins with."""
+def moved_from(x: Operand, producers: dict[Name, Equation]) -> Operand:
+    """The value whose entries x holds in another shape: x itself, or what a chain of reshapes begins with."""
     while isinstance(x, Name) and (equation := producers.get(x)) is not None:
-        source = equation.inputs[0] if equation.operation in moves else None
+        source = equation.inputs[0] if equation.operation in RESHAPES else None
         if source is None or prod(source.shape) != prod(x.shape) or equation.permutes:
             break
         x = source

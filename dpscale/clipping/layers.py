@@ -182,8 +182,7 @@ def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Sq
     rule, pair = layer.rules[0], pairs[0]
     if layer.route == "instantiated":
         each = written_out(layer, pairs)
-        sizes = rule.sizes  # a product is made once in any case; to a compiler, one of vectors is no product
-        if mask is not None and not (_is_plain(layer) and min(sizes.positions, sizes.width_a, sizes.width_g) > 1):
+        if mask is not None:
             each = held(each, mask)
         square = over_parts(square_sum(each, each.ndim - batch_axis(layer) - 1))
         return Squares(square, square), each

@@ -5,17 +5,14 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from dpscale.clipping.convolution import batched_convolution
 from dpscale.clipping.cut import Frame, cut
 from dpscale.clipping.equations import (
-    MOVES,
     Constant,
     Equation,
     Name,
@@ -87,30 +84,11 @@ def split_backward(problem: Problem, method: str) -> Split:
     found = [taken_inside(x, problem.groups[j], weights, floats) for j, x in enumerate(layers) if method == "ghost"]
     inside = {j: x for j, x in enumerate(found) if x is not None}
     producers, gradients = program.producers(), program.outputs[-count:]
-    rules = [(rule, layer.folds) for layer in layers for rule in layer.rules]
-    found = [(x, rule.product.frames, on) for rule, on in rules for x in rule.operands]
-    unknown = [x for x, leaf in zip(program.inputs, problem.leaves, strict=False) if isinstance(leaf, Tracer)]
-    unknown = moving_names(program, [*unknown, *program.inputs[count:]])
-    once = {root_of(x, frames, producers) for x, frames, _ in found if _is_made_once(x, frames, producers, unknown)}
-    held = frozenset(root_of(x, frames, producers) for x, frames, on in found if on) - once
-    views = [j for j, x in enumerate(gradients) if not layers[j].rules and root_of(x, (), producers) in held | once]
+    operands = [(x, rule) for layer in layers if layer.folds for rule in layer.rules for x in rule.operands]
+    held = frozenset(root_of(x, rule.product.frames, producers) for x, rule in operands)
+    views = [j for j, x in enumerate(gradients) if not layers[j].rules and root_of(x, (), producers) in held]
     num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
     return Split(program, method, layers, num_aux, aux_tree, inside, weights, held, frozenset(views))
-
-
-def _is_made_once(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation], unknown: set[Name]) -> bool:
-    """Whether a compiler makes a value once without being told to: a product, moved or not.
-
-    What it makes again is what costs little, as does a product over an axis of length 1, and as may one with what is
-    known while compiling, which it may take apart (`unknown`: what depends on the inputs). What comes out of a loop may
-    have been made outside of it.
-    """
-    origin = moved_from(_outermost(x, frames), producers, MOVES)
-    equation = producers.get(origin) if isinstance(origin, Name) else None
-    if equation is None or equation.operation != "dot_general" or not unknown.issuperset(equation.inputs):
-        return False
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    return prod(equation.inputs[0].shape[i] for i in contracted) > 1
 
 
 def root_of(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> Root:
