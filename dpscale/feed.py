@@ -8,13 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpscale.batching import BatchLayout
-from dpscale.config import DataSection
 from dpscale.data.loader import Loader, PhysicalBatch
 from dpscale.data.resident import Resident, load_resident
 from dpscale.data.source import ExampleSource, empty_rows
 from dpscale.data.transforms import id_words
 from dpscale.mesh import local_positions, place_rows, replicated
 from dpscale.sampling import PoissonSampler
+from dpscale.sections import DataSection
 from dpscale.step import Rows
 
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import optax
 
-from dpscale.config import OptimizerSection
 from dpscale.errors import InputError
+from dpscale.sections import OptimizerSection
 
 
 def learning_rate_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each layer may import from those before it, and from itself.
 LAYERS = [
     ["dpscale.errors", "dpscale.durable", "dpscale.manifest", "dpscale.turns", "dpscale.weights"],
+    ["dpscale.sections"],
     ["dpscale.config"],
     ["dpscale.privacy"],
     ["dpscale.sampling"],
@@ -60,7 +61,14 @@ LAYERS = [
     ["dpscale.cli"],
     ["dpscale.__main__"],
 ]
-WITHOUT_JAX = ["dpscale", "dpscale.config", "dpscale.privacy.plan", "dpscale.privacy.secret", "dpscale.sampling"]
+WITHOUT_JAX = [
+    "dpscale",
+    "dpscale.config",
+    "dpscale.sections",
+    "dpscale.privacy.plan",
+    "dpscale.privacy.secret",
+    "dpscale.sampling",
+]
 WITHOUT_JAX += [
     "dpscale.privacy.accounting",
     "dpscale.privacy.ledger",

@@ -17,13 +17,13 @@ from step_fixtures import curved_loss, curved_params, flat, make_plan, mesh_of
 from dpscale.batching import BatchLayout
 from dpscale.chacha import key_words
 from dpscale.clipping import clipped_grad
-from dpscale.config import DataSection
 from dpscale.data.arrays import ArraySource
 from dpscale.feed import Feed, blank_rows
 from dpscale.loop import STEPS_IN_FLIGHT, StepKeys, training_steps
 from dpscale.mesh import place_replicated
 from dpscale.privacy.secret import RootSecret
 from dpscale.sampling import PoissonSampler
+from dpscale.sections import DataSection
 from dpscale.state import RIDERS, Statistics, TrainState
 from dpscale.step import StepFunctions, build_accumulate, build_finalize, compile_steps, requests_array
 

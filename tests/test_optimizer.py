@@ -9,9 +9,10 @@ import optax
 import pytest
 from step_fixtures import flat
 
-from dpscale.config import OptimizerSection, config_from_dict
+from dpscale.config import config_from_dict
 from dpscale.data import as_source
 from dpscale.optimizer import learning_rate_schedule, make_optimizer
+from dpscale.sections import OptimizerSection
 from dpscale.task import build_task
 
 PARAMS = {"w": jnp.asarray([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.asarray([0.1, -0.2])}

@@ -14,11 +14,11 @@ from test_noise import reference_words
 
 from dpscale import noise
 from dpscale.chacha import key_words
-from dpscale.config import OptimizerSection
 from dpscale.errors import InputError
 from dpscale.optimizer import make_optimizer
 from dpscale.placement import join, vector_size
 from dpscale.replicas import ReplicaCheck
+from dpscale.sections import OptimizerSection
 from dpscale.state import RIDERS
 from dpscale.step import build_finalize, requests_array
 

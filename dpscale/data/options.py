@@ -24,5 +24,5 @@ class SourceOptions:
 
     @classmethod
     def from_config(cls, section: Any) -> "SourceOptions":
-        """From a `[data]` section (`dpscale.config.DataSection`)."""
+        """From a `[data]` section (`dpscale.sections.DataSection`)."""
         return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})

@@ -22,7 +22,8 @@ from dpscale.privacy.sensitivity import (
 )
 
 if TYPE_CHECKING:
-    from dpscale.config import PrivacySection, RunConfig
+    from dpscale.config import RunConfig
+    from dpscale.sections import PrivacySection
 
 SCHEMA_VERSION = 1
 # Fields younger than the first plans: a file may lack them, and at these values the digest leaves them out.
