@@ -373,3 +373,118 @@ def grouped_conv_whose_kernel_follows_the_example(rng):
         return jnp.sum(jnp.sin(out))
 
     return loss, {"w": normal(rng, 3, 1, 4)}, normal(rng, 4, 9, 2)
+
+
+@case({"w": "materialised"})
+def grouped_conv_in_a_branch(rng):
+    """Under vmap both branches are taken, and XLA's CPU compiler mixes the rows of their convolutions."""
+
+    def conv(w, x):
+        return jax.lax.conv_general_dilated(x[None], w, (1,), "SAME", dimension_numbers=NWC, feature_group_count=2)
+
+    def loss(p, x):
+        out = jax.lax.cond(x[0, 0] > 0, lambda: conv(p["w"], x), lambda: conv(p["w"], 2 * x))
+        return jnp.sum(jnp.sin(out))
+
+    return loss, {"w": normal(rng, 3, 1, 4)}, normal(rng, 4, 4, 2)
+
+
+@case({"w": "instantiated"})
+def tied_autoencoders_side_by_side(rng):
+    def loss(p, x):
+        return jnp.sum(jax.vmap(lambda w: jnp.sin(jnp.tanh(x @ w) @ w.T))(p["w"]))
+
+    return loss, {"w": normal(rng, 3, 5, 5)}, normal(rng, 4, 3, 5)
+
+
+@case({"w": "instantiated"})
+def a_stack_scanned_forth_and_back_transposed(rng):
+    def loss(p, x):
+        def apply(h, w):
+            return jnp.tanh(h @ w), None
+
+        h, _ = jax.lax.scan(apply, x, p["w"])
+        return jnp.sum(jax.lax.scan(apply, h, jnp.swapaxes(p["w"], 1, 2), reverse=True)[0])
+
+    return loss, {"w": normal(rng, 2, 5, 5)}, normal(rng, 4, 3, 5)
+
+
+@case({"w": "ghost"})
+def one_expert_applied_twice(rng):
+    def loss(p, x):
+        h = jnp.einsum("etd,edf->etf", x[None], p["w"])
+        return jnp.sum(jnp.sin(jnp.einsum("etd,edf->etf", h, p["w"])))
+
+    return loss, {"w": normal(rng, 1, 9, 9)}, normal(rng, 4, 3, 9)
+
+
+@case({"w": "ghost"})
+def a_stack_of_one_scanned_forth_and_back_transposed(rng):
+    def loss(p, x):
+        def apply(h, w):
+            return jnp.tanh(h @ w), None
+
+        h, _ = jax.lax.scan(apply, x, p["w"])
+        return jnp.sum(jax.lax.scan(apply, h, jnp.swapaxes(p["w"], 1, 2), reverse=True)[0])
+
+    return loss, {"w": normal(rng, 1, 9, 9)}, normal(rng, 4, 3, 9)
+
+
+@case()
+def ids_of_a_type_that_does_not_hold_the_vocabulary(rng):
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,))
+
+    def loss(p, ids):
+        rows = [jax.lax.gather(p[mode], ids[:, None], numbers, (1, 4), mode=mode) for mode in ("clip", "fill")]
+        return jnp.sum(jnp.sin(jnp.stack(rows)))
+
+    params = {"clip": normal(rng, 300, 4), "fill": normal(rng, 300, 4)}
+    return loss, params, jnp.asarray(rng.integers(0, 256, (4, 6)), jnp.uint8)
+
+
+@case()
+def integer_features_without_a_cast(rng):
+    def loss(p, x):
+        out = [
+            jax.lax.dot(x[:rows], p[name], preferred_element_type=jnp.result_type(float)) for name, rows in SOME_ROWS
+        ]
+        return sum(jnp.sum(jnp.sin(y)) for y in out)
+
+    params = {"wide": normal(rng, 5, 14), "narrow": normal(rng, 5, 2), "one": normal(rng, 5, 4)}
+    return loss, params, jnp.asarray(rng.integers(-5, 5, (4, 3, 5)), jnp.int8)
+
+
+SOME_ROWS = (("wide", 3), ("narrow", 3), ("one", 1))
+
+
+@jax.custom_vjp
+def _quarters(w):
+    return w
+
+
+_quarters.defvjp(lambda w: (w, None), lambda _, g: ((g * 4).astype(jnp.int32).astype(g.dtype) / 4,))
+
+
+@case({"w": "materialised"})
+def gradients_cut_to_integers(rng):
+    """What is cut off is not rounding: the gradient must be as the loss says."""
+    return lambda p, x: jnp.sum(jnp.sin(x @ _quarters(p["w"]))), {"w": normal(rng, 5, 7)}, 3 * normal(rng, 4, 3, 5)
+
+
+@case({"w": "materialised"})
+def weights_of_eight_bits(rng):
+    def loss(p, x):
+        return jnp.sum(jnp.sin(x @ p["w"].astype(jnp.float8_e4m3fn).astype(x.dtype)))
+
+    return loss, {"w": normal(rng, 5, 7)}, normal(rng, 4, 3, 5)
+
+
+@case({"w": "ghost"})
+def state_in_a_reference(rng):
+    def loss(p, x):
+        h, total = jnp.tanh(x @ p["w"]), jax.new_ref(jnp.zeros(12, x.dtype))
+        for t in range(3):
+            total[...] += h[t] * total[...] + h[t]
+        return jnp.sum(total[...] ** 2)
+
+    return loss, {"w": normal(rng, 12, 12)}, normal(rng, 4, 3, 12)

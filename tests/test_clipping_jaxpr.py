@@ -5,8 +5,11 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+import pytest
+from jax import export, lax
+from jax.experimental import checkify
 
+from dpscale.clipping import clipped_grad
 from dpscale.clipping.equations import Constant, expose, moving_names, run, subprogram, walk
 from dpscale.clipping.jaxpr import CHECKED_VERSIONS, trace
 
@@ -105,3 +108,48 @@ def test_arrays_that_a_function_closes_over_are_constants_and_literals_can_be_lo
     assert [float(x.literal) for x in constants if x.literal is not None and x.literal.ndim == 0] == [2.0]
     assert any(x.shape == (4,) for x in constants)
     np.testing.assert_allclose(run(program, jnp.ones(4))[0], 2 + table, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("bookkeeping", 1), ("ghost", 2), ("materialize", 1)])
+def test_what_a_loss_does_besides_its_value_is_done(method, passes):
+    """Callbacks and checks have no result that anything reads, and must not go for that reason."""
+    seen, w, x = [], normal(0, 5, 4), normal(1, 3, 2, 5)
+
+    def loss(w, x):
+        checkify.check(jnp.all(x < 100), "too large")
+        h, _ = lax.scan(lambda h, t: (jnp.tanh(t @ w) + h, None), jnp.zeros(4), x)
+        return jnp.sum(h)
+
+    def told(w, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), x[0, 0])
+        return jnp.sum(lax.scan(lambda h, t: (jnp.tanh(t @ w) + h, None), jnp.zeros(4), x)[0])
+
+    clipped_grad(told, method=method)(w, x, jnp.ones(3, bool))
+    jax.effects_barrier()
+    assert sorted(seen) == sorted([float(v) for v in x[:, 0, 0]] * passes)
+    checked = checkify.checkify(jax.jit(clipped_grad(loss, method=method)))
+    assert checked(w, x, jnp.ones(3, bool))[0].get() is None
+    assert "too large" in (checked(w, x.at[1].set(1e5), jnp.ones(3, bool))[0].get() or "")
+
+
+def test_what_is_read_from_a_reference_may_follow_the_example():
+    def fun(w, x):
+        total = jax.new_ref(jnp.zeros(4))
+        total[...] += x @ w
+        return total[...] * 2
+
+    program, _ = trace(fun, normal(0, 3, 4), normal(1, 3))
+    assert program.outputs[0] in moving_names(program, program.inputs[1:])
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_a_step_whose_batch_size_is_left_open_can_be_exported(method):
+    w, x = normal(0, 40, 40), normal(1, 6, 3, 40)
+    clipped = clipped_grad(lambda w, x: jnp.sum(jnp.tanh(x @ w)), method=method)
+    step = jax.jit(lambda w, x, mask: clipped(w, x, mask).grad_sum)
+    (rows,) = export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct(s, d) for s, d in (((40, 40), "float32"), ((rows, 3, 40), "float32"), ((rows,), "bool"))
+    ]
+    found = export.export(step)(*shapes).call(w, x, jnp.ones(6, bool))
+    np.testing.assert_allclose(found, step(w, x, jnp.ones(6, bool)), rtol=1e-5, atol=1e-6)

@@ -292,6 +292,38 @@ def test_keys_whose_draws_depend_on_other_rows_are_refused():
             clipped_grad(loss)(jnp.ones(2), jnp.ones((3, 2)), jnp.ones(3, bool), keys)
 
 
+def from_raw_words(w, x):
+    return jnp.sum(w * jax.random.normal(jax.random.wrap_key_data(jnp.uint32(x[:4]), impl="rbg"), (8,)))
+
+
+def made_of_a_number(w, x):
+    return jnp.sum(w * jax.random.normal(jax.random.key(jnp.int32(x[0]), impl="unsafe_rbg"), (8,)))
+
+
+def folded_into_a_key(w, x):
+    key = jax.random.fold_in(jax.random.key(0, impl="rbg"), jnp.int32(x[0]))
+    return jax.lax.cond(x[1] > 0, lambda: jnp.sum(w * jax.random.normal(key, (8,))), lambda: jnp.sum(w))
+
+
+@pytest.mark.parametrize("method", ["auto", "ghost", "materialize"])
+@pytest.mark.parametrize("loss", [from_raw_words, made_of_a_number, folded_into_a_key])
+def test_keys_whose_draws_depend_on_other_rows_are_refused_when_the_loss_makes_them(loss, method):
+    """A masked row's key changed the other rows' norms, and one row moved the sum by five times the bound."""
+    with pytest.raises(InputError, match="first row's key"):
+        clipped_grad(loss, method=method)(jnp.ones(8), jnp.ones((3, 8)), jnp.ones(3, bool))
+
+
+def test_a_key_that_no_example_decides_may_be_of_any_kind():
+    def loss(w, x):
+        return jnp.sum(w * x * jax.random.normal(jax.random.key(0, impl="rbg"), (8,)))
+
+    x = jax.random.normal(jax.random.key(1), (3, 8))
+    for method in ("auto", "ghost", "materialize"):
+        norms = clipped_grad(loss, method=method)(jnp.ones(8), x, jnp.ones(3, bool)).norms
+        drawn = jax.random.normal(jax.random.key(0, impl="rbg"), (8,))
+        np.testing.assert_allclose(norms, jnp.linalg.norm(x * drawn, axis=1), rtol=1e-5)
+
+
 def test_normalised_factors_beyond_float32_are_refused():
     with pytest.raises(InputError, match="larger gamma"):
         Normalized(1e25, 1e-20)

@@ -209,3 +209,22 @@ def test_each_group_of_a_pattern_is_clipped_to_its_own_norm():
 def test_patterns_that_leave_a_parameter_or_a_norm_out_are_refused(groups, part):
     with pytest.raises(InputError, match=part):
         PerPattern(groups).groups(NESTED)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
+@pytest.mark.parametrize("frozen", ["a", "b", "c", "bc", "ac"])
+def test_groups_of_frozen_parameters_have_no_part(method, frozen):
+    limits = {"a": 0.1, "b": 0.2, "c": 0.3}
+    params = {name: jnp.ones((2, 2)) for name in limits}
+    trainable = {name: name not in frozen for name in limits}
+
+    def deep(p, x):
+        return jnp.sum(x @ p["a"] @ p["b"] @ p["c"])
+
+    step = clipped_grad(deep, bound=PerGroup(limits), method=method, trainable=trainable)
+    sums = step(params, jnp.ones((1, 2)), jnp.ones(1, bool)).grad_sum
+    for name, limit in limits.items():
+        if trainable[name]:
+            assert float(jnp.linalg.norm(sums[name])) == pytest.approx(limit, rel=1e-5)
+        else:
+            assert sums[name] is None

@@ -22,7 +22,7 @@ from dpscale.clipping.explain import explanation
 from dpscale.clipping.groups import NormGroups as NormGroups
 from dpscale.clipping.groups import by_module as by_module
 from dpscale.clipping.reference import materialize
-from dpscale.clipping.split import split_backward
+from dpscale.clipping.split import check_loss, split_backward
 from dpscale.errors import InputError
 
 Method = Literal["auto", "bookkeeping", "ghost", "materialize"]
@@ -91,7 +91,11 @@ class ClippedGrad:
         """`batch`: pytree with leading axis B; `mask`: bool[B], False for padding; `keys`: leading axis B or None."""
         flat, treedef = jax.tree.flatten(params)
         problem, places = self._problem(params, batch, mask, keys)
-        result = materialize(problem) if self.method == "materialize" else clipped_sum(problem, self.method)
+        if self.method == "materialize":
+            check_loss(problem)
+            result = materialize(problem)
+        else:
+            result = clipped_sum(problem, self.method)
         grads: list[Any] = [None] * len(flat)
         for place, grad in zip(places, result.grad_sum, strict=True):
             grads[place] = grad
@@ -99,7 +103,7 @@ class ClippedGrad:
 
     def explain(self, params: Any, batch: Any, keys: jax.Array | None = None) -> Explanation:
         """Per parameter: the route, sizes, operations and bytes for this batch. Print it."""
-        rows = jax.tree.leaves(batch)[0].shape[0]
+        rows = jax.tree.leaves((batch, keys))[0].shape[0]
         problem, _ = self._problem(params, batch, jnp.ones(rows, bool), keys)
         return explanation(split_backward(problem, self.method), problem)
 
@@ -160,11 +164,6 @@ def _check_rows(batch: Any, mask: jax.Array, keys: Any) -> None:
             raise InputError(
                 f"{'keys' if path[0].idx else 'batch'}{jax.tree_util.keystr(path[1:])} has shape {jnp.shape(x)} "
                 f"and the mask {mask.shape}: every leaf needs the same leading axis B"
-            )
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and "rbg" in str(x.dtype):
-            raise InputError(
-                f"keys of type {x.dtype}: under vmap this generator draws for all rows from the first row's key, so "
-                'that rows depend on each other: make them with jax.random.key(seed, impl="threefry2x32")'
             )
 
 

@@ -190,5 +190,6 @@ def _round_down(value: float, dtype) -> jax.Array:
 
 
 def _clip_factors(norms: jax.Array, clip_norms: list[float]) -> jax.Array:
+    clip_norms = clip_norms[: norms.shape[0]]  # groups after the last trainable leaf's have no norm
     limits = jnp.stack([_round_down(float(norm), norms.dtype) for norm in clip_norms])[:, None]
     return jnp.minimum(1, limits / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))

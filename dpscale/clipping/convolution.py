@@ -189,6 +189,8 @@ class Convolution:
         table = table.reshape(-1, rows, *table.shape[1:])
         return jnp.moveaxis(table, 2, 1).reshape(-1, rows, *table.shape[-2:])
 
+    scaled_at = 1
+
     def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
         """The leaf's sum_b factor_b e_b by the equation itself; where a factor is 0, g counts as 0; a must be finite.
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import jax
 import numpy as np
 
 from dpscale.clipping.equations import Constant, Equation, Name, Operand, Program, Scan, subprogram
 from dpscale.clipping.example import sum_dtype
 
 BILINEAR = ("dot_general", "conv_general_dilated", "scatter-add")
-SHAPE_ONLY = ("transpose", "reshape", "convert_element_type", "squeeze", "expand_dims", "copy", "pvary")
+SHAPE_ONLY = ("transpose", "reshape", "squeeze", "expand_dims", "copy", "pvary")
 SUMS = ("add_any", "add")
 
 
@@ -56,8 +57,6 @@ class Product:
 
     def finish(self, x: Any, lead: int = 0) -> Any:
         """The gradient from the equation's result, which has `lead` batch axes and then the stacked axes in front."""
-        import jax
-
         for equation, depth in self.chain:
             apply = _unary(equation)
             for _ in range(depth + lead):
@@ -116,7 +115,7 @@ class _Walk:
         if equation.operation in SUMS:
             parts = [self.back(program, x, frames, carry) for x in equation.inputs]
             return None if any(part is None for part in parts) else [x for part in parts for x in part or ()]
-        if equation.operation in SHAPE_ONLY or constant_factor(equation) is not None:
+        if equation.operation in SHAPE_ONLY or is_cast(equation) or constant_factor(equation) is not None:
             return self._through(program, equation, frames)
         if equation.operation in BILINEAR:
             return [Product(equation, frames)] if _has_rule(equation, frames) else None
@@ -130,7 +129,7 @@ class _Walk:
         products = self.back(program, source, frames, None)  # a carry that is changed is not summed
         if products is None:
             return None
-        if equation.operation == "convert_element_type":  # the sum stays in float32
+        if is_cast(equation):  # the sum stays in float32
             return products
         if factor is not None:
             return [replace(x, scale=x.scale * factor) for x in products]
@@ -169,6 +168,15 @@ def _sums_into(scan: Scan, j: int) -> bool:
         return sum(map(count, equation.inputs)) if equation is not None and equation.operation in SUMS else 0
 
     return count(scan.body.outputs[j]) == 1
+
+
+def is_cast(equation: Equation) -> bool:
+    """Whether it changes the type of floats of at least 16 bits. What is lost in smaller floats, and in integers, is no
+    rounding that one may leave out."""
+    if equation.operation != "convert_element_type":
+        return False
+    dtypes = [np.dtype(x.dtype) for x in (equation.inputs[0], equation.outputs[0]) if isinstance(x, Name)]
+    return all(jax.numpy.issubdtype(dtype, np.floating) and dtype.itemsize >= 2 for dtype in dtypes)
 
 
 def is_zero(x: Operand) -> bool:
@@ -230,7 +238,7 @@ def _linear_cut(program: Program, gradient: Name, moving: set[Name], leaves: Seq
         same_size = prod(equation.outputs[0].shape) == prod(gradient.shape)
         if equation.operation in BILINEAR[:2] and len(sources) == 2 and same_size and _has_rule(equation):
             found.append(equation)
-        elif equation.operation not in LINEAR or not _linear_in(equation, sources, producers):
+        elif not (is_cast(equation) or equation.operation in LINEAR) or not _linear_in(equation, sources, producers):
             return None
         else:
             todo += [x for x in sources if x not in seen]

@@ -28,13 +28,17 @@ class Dense:
     """e[n] = sum_t a[n, t] (x) g[n, t], from a `dot_general` that contracts over the positions t.
 
     n runs over the stacked scan axes and the dot's own batch axes, t over the summed scan axes and the contracted ones.
+    `scaled_at`: which operand a sum scales by the factors, 0 or 1. In book-keeping the smaller one; of equals the
+    first, mostly a cotangent, since a bias at one position is summed from the same scaled rows. In ghost mode the
+    second, mostly a layer's input: nothing else needs it by then, and the scaled rows take its place.
     """
 
     product: Product
     sizes: Sizes
+    scaled_at: int
 
     @classmethod
-    def of(cls, product: Product) -> "Dense":
+    def of(cls, product: Product, refold: bool) -> "Dense":
         a, g = product.equation.inputs
         (contract_a, _), (batch, _) = product.equation.params["dimension_numbers"]
         summed = prod(frame.length for frame in product.frames if frame.summed)
@@ -42,7 +46,7 @@ class Dense:
         positions = summed * prod(a.shape[i] for i in contract_a)
         each = summed * prod(product.stacked)
         width = [each * prod(x.shape) // (parts * positions) if parts * positions else 0 for x in (a, g)]
-        return cls(product, Sizes(parts, positions, *width))
+        return cls(product, Sizes(parts, positions, *width), 1 if refold or width[1] < width[0] else 0)
 
     @property
     def operands(self) -> list[Operand]:
@@ -76,10 +80,13 @@ class Dense:
         return contract("...td,...tp->...dp", left, right)
 
     def summed(self, a: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
-        """The leaf's sum_b factor_b e_b in one product. Where a factor is 0, g counts as zeros; a must be finite."""
-        left, right = self.sides(a, g)
-        right = scaled_rows(right, factor[:, None, None])
-        left, right = (x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in (left, right))
+        """The leaf's sum_b factor_b e_b in one product. Where a factor is 0, what is at `scaled_at` counts as zeros;
+        the other operand must be finite."""
+        sides = list(self.sides(a, g))
+        rows = sides[self.scaled_at]
+        flat = rows.reshape(*rows.shape[:-2], -1)  # a bias at one position is summed so too: it is scaled once for both
+        sides[self.scaled_at] = scaled_rows(flat, factor[:, None]).reshape(rows.shape)
+        left, right = (x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in sides)
         return self.finish(contract("...td,...tp->...dp", left, right))
 
     def finish(self, x: jax.Array, lead: int = 0) -> jax.Array:
@@ -112,19 +119,22 @@ def as_matrix(
 
 
 def scaled_rows(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """x times factor in at least float32, rounded once to `factor_dtype`; zero where the factor is, whatever x is."""
+    """x times factor in at least float32, rounded once to `factor_dtype`; zero where the factor is, whatever x is.
+    Integers times factor are of the factor's type."""
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(factor.dtype)
     wide = x.astype(sum_dtype(x.dtype))
     return jnp.where(factor != 0, wide * factor.astype(wide.dtype), 0).astype(factor_dtype(x.dtype))
 
 
 Axis = tuple[str, int, int]
+UNIT: Axis = ("a", -1, 1)
 
 
 def leaf_layout(product: Product) -> list[Axis] | None:
     """For each axis of the leaf longer than 1: its operand ("a" or "g"), its number there, its length.
 
-    None where a reshape merges or splits axes, or for convolutions. Two products of one leaf can share their tables
-    where these agree.
+    Of a product with one part. None where a reshape merges or splits axes, or for convolutions. Two products of one
+    leaf can share their tables where these agree.
     """
     equation = product.equation
     if equation.operation == "scatter-add":
@@ -135,19 +145,22 @@ def leaf_layout(product: Product) -> list[Axis] | None:
         axes = _dot_axes(product)
     else:
         return None
-    for step, _ in product.chain:
+    axes = [*[UNIT] * len(product.stacked), *axes]
+    for step, depth in product.chain:
+        front, own = axes[:depth], axes[depth:]
         if step.operation == "transpose":
-            axes = [axes[i] for i in step.params["permutation"]]
+            own = [own[i] for i in step.params["permutation"]]
         elif step.operation in ("reshape", "squeeze", "expand_dims"):
-            axes = None if step.permutes else _reshaped(axes, step.outputs[0].shape)
-            if axes is None:
+            own = None if step.permutes else _reshaped(own, step.outputs[0].shape)
+            if own is None:
                 return None
+        axes = [*front, *own]
     return [axis for axis in axes if axis[2] > 1]
 
 
 def _dot_axes(product: Product) -> list[Axis]:
     contract, batch = product.equation.params["dimension_numbers"]
-    axes: list[Axis] = []
+    axes = [UNIT] * len(batch[0])
     for side, operand, skip in zip("ag", product.equation.inputs, zip(contract, batch, strict=True), strict=True):
         free = [n for i, n in enumerate(operand.shape) if i not in skip[0] and i not in skip[1]]
         axes += [(side, i, n) for i, n in enumerate(free)]
@@ -159,4 +172,4 @@ def _reshaped(axes: list[Axis], shape: tuple[int, ...]) -> list[Axis] | None:
     if [axis[2] for axis in long] != [n for n in shape if n > 1]:
         return None
     rest = iter(long)
-    return [("a", -1, 1) if n == 1 else next(rest) for n in shape]
+    return [UNIT if n == 1 else next(rest) for n in shape]

@@ -55,6 +55,7 @@ class Embedding:
         g = jnp.transpose(updates, [0, *(i + 1 for i in order)])
         g = g.reshape(g.shape[0], sizes.positions, sizes.width_g)
         ids = indices.reshape(indices.shape[0], sizes.positions)
+        ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # an 8-bit type does not hold the vocabulary
         if "CLIP" in str(params["mode"]).upper():
             return jnp.clip(ids, 0, sizes.width_a - 1), g
         inside = (ids >= 0) & (ids < sizes.width_a)
@@ -71,6 +72,8 @@ class Embedding:
         ids, g = self.sides(indices, updates)
         zeros = jnp.zeros((self.sizes.width_a, self.sizes.width_g), sum_dtype(g.dtype))
         return jax.vmap(lambda i, x: zeros.at[i].add(x.astype(zeros.dtype)))(ids, g)
+
+    scaled_at = 1
 
     def summed(self, indices: jax.Array, updates: jax.Array, factor: jax.Array) -> jax.Array:
         """The leaf's sum_b factor_b e_b, by one scatter; where a factor is 0, updates count as zeros."""

@@ -36,6 +36,7 @@ from dpscale.clipping.layers import (
     sum_written_out,
 )
 from dpscale.clipping.norms import Squares, square_sum
+from dpscale.clipping.repair import repaired
 from dpscale.clipping.rows import (
     Evaluated,
     evaluate_again,
@@ -129,6 +130,12 @@ def _joint_square(each: list[jax.Array]) -> jax.Array:
 def clipped_sum(problem: Problem, method: str) -> ClippedSum:
     """The clipped sum by "bookkeeping", "ghost" or "auto"."""
     parts = split_backward(problem, method)
+    if parts.mixes:  # split again, since each attempt is a function of its own to jax
+        return repaired(problem, lambda kept: _sum_of(split_backward(kept, method), kept))
+    return _sum_of(parts, problem)
+
+
+def _sum_of(parts: Split, problem: Problem) -> ClippedSum:
     problem = with_inputs_held(parts, problem)
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows)

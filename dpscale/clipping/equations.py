@@ -38,7 +38,11 @@ Operand = Name | Constant
 
 @dataclass(eq=False)
 class Equation:
-    """outputs = operation(inputs). `body` is the program of one iteration where the operation is a scan."""
+    """outputs = operation(inputs). `body` is the program of one iteration where the operation is a scan.
+
+    `inside`: the operations of programs that it holds and that are not looked into (the branches of a cond, say).
+    `effects`: whether it does more than to give its outputs (a callback, a check, a change of a reference).
+    """
 
     operation: str
     inputs: list[Operand]
@@ -46,6 +50,8 @@ class Equation:
     params: dict[str, Any]
     apply: Callable[..., Any]
     body: "Program | None" = None
+    inside: frozenset[str] = frozenset()
+    effects: bool = False
 
     @property
     def permutes(self) -> bool:
@@ -104,12 +110,13 @@ def walk(program: Program) -> Iterator[Equation]:
 
 
 def moving_names(program: Program, moving: Iterable[Name]) -> set[Name]:
-    """All names, in the program and in the bodies of its scans, that depend on the given inputs."""
+    """All names, in the program and in the bodies of its scans, that depend on the given inputs, or that may: what is
+    read from a reference, say."""
     found = set(moving)
     for equation in program.equations:
         flags = [x in found for x in equation.inputs]
         if equation.body is None:
-            found.update(equation.outputs if any(flags) else ())
+            found.update(equation.outputs if any(flags) or equation.effects else ())
             continue
         scan = Scan.of(equation)
         while True:  # until no further carry starts to move
@@ -138,7 +145,7 @@ def expose(program: Program, outputs: Sequence[Operand]) -> Program:
 def subprogram(program: Program, inputs: Sequence[Name], outputs: Sequence[Operand]) -> Program:
     """The part of the program that leads from `inputs` to `outputs`."""
     given = set(inputs)
-    equations = [x for x in program.equations if not given.intersection(x.outputs)]
+    equations = [x for x in program.equations if not given.intersection(x.outputs) and not x.effects]
     return _prune(replace(program, inputs=list(inputs), equations=equations, outputs=list(outputs)))
 
 
@@ -168,7 +175,7 @@ def _prune(program: Program) -> Program:
     live = {x for x in program.outputs if isinstance(x, Name)}
     kept = []
     for equation in reversed(program.equations):
-        if not live.intersection(equation.outputs):
+        if not live.intersection(equation.outputs) and not equation.effects:
             continue
         equation = equation if equation.body is None else _prune_scan(equation, live)
         live.update(x for x in equation.inputs if isinstance(x, Name))

@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from math import prod
 
-from dpscale.clipping.example import Problem
+import jax.numpy as jnp
+import numpy as np
+
+from dpscale.clipping.cut import Frame
+from dpscale.clipping.equations import Name, Operand
+from dpscale.clipping.example import Problem, sum_dtype
 from dpscale.clipping.layers import Layer
-from dpscale.clipping.split import Split
+from dpscale.clipping.split import Root, Split, root_of
 
 
 @dataclass(frozen=True)
@@ -48,31 +53,50 @@ class Explanation:
 
 
 def explanation(parts: Split, problem: Problem) -> Explanation:
-    """The costs of each layer for the problem's batch."""
-    rows = problem.mask.shape[0]
-    return Explanation(parts.method, rows, [_cost(layer, rows, parts.method) for layer in parts.layers])
+    """The costs of each layer for the problem's batch. What several layers hold together counts for the first."""
+    rows, producers = problem.mask.shape[0], parts.program.producers()
+    costs, known = [], set[Root]()
+    for j, (layer, leaf) in enumerate(zip(parts.layers, problem.leaves, strict=True)):
+        held = 0
+        if parts.method == "ghost":
+            pass  # each layer's sum is made with its norm, and nothing is kept
+        elif layer.folds:
+            pairs = [(x, rule.product.frames) for rule in layer.rules for x in rule.operands]
+            roots = {root_of(x, frames, producers): _bytes(x, frames) for x, frames in pairs}
+            held = sum(size for root, size in roots.items() if root not in known)
+            known |= roots.keys()
+        elif j not in parts.views:
+            held = prod(layer.shape) * sum_dtype(leaf.dtype).itemsize
+        costs.append(_cost(layer, rows, parts.method, rows * held))
+    return Explanation(parts.method, rows, costs)
 
 
-def _cost(layer: Layer, rows: int, method: str) -> LayerCost:
+def _bytes(x: Operand, frames: tuple[Frame, ...]) -> int:
+    """What one example's operand takes, of all rounds of its scans."""
+    return prod(frame.length for frame in frames) * prod(x.shape) * _dtype(x).itemsize
+
+
+def _dtype(x: Operand) -> np.dtype:
+    return np.dtype(x.dtype if isinstance(x, Name) else jnp.result_type(x.value))
+
+
+def _cost(layer: Layer, rows: int, method: str, held: int) -> LayerCost:
     norms = 2 if method == "ghost" else 1
     if not layer.rules:
         size = prod(layer.shape)
-        held = 0 if method == "ghost" else 4 * rows * size
         return LayerCost(layer.name, layer.shape, layer.route, 0, 0, (0, 0), (norms + 1) * rows * size, 0, held)
-    macs = sgd = held = 0
+    macs = sgd = 0
     for rule in layer.rules:
         sizes, cost = rule.sizes, rule.macs()
-        operands = sizes.parts * sizes.positions * (sizes.width_a + sizes.width_g)
         size = sizes.parts * sizes.width_a * sizes.width_g
         sgd += rows * cost["folded"]
-        if layer.folds:
-            macs += rows * (cost["folded"] + norms * (cost["ghost"] if layer.route == "ghost" else operands))
-            held += 4 * rows * operands
+        if layer.route == "ghost":
+            macs += rows * (cost["folded"] + norms * cost["ghost"])
+        elif layer.folds:
+            macs += rows * (cost["folded"] + norms * sizes.parts * sizes.positions * (sizes.width_a + sizes.width_g))
         else:
             macs += rows * (norms * (cost["instantiated"] + size) + size)
-            held += 4 * rows * size
     first = layer.rules[0].sizes
-    held = 0 if method == "ghost" else held
     widths = (first.width_a, first.width_g)
     positions = sum(rule.sizes.positions for rule in layer.rules)
     return LayerCost(layer.name, layer.shape, layer.route, first.parts, positions, widths, macs, sgd, held)

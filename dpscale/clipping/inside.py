@@ -49,7 +49,7 @@ def taken_inside(layer: Layer, group: int, weights: RowWeights, floats: int) -> 
     if not product.frames or any(frame.summed for frame in product.frames):
         return None
     body = product.frames[-1].scan.body
-    rule = rule_for(replace(product, frames=(), chain=()), body)
+    rule = rule_for(replace(product, frames=(), chain=()), body, refold=True)
     if rule is None or not all(isinstance(x, Name) for x in rule.operands):
         return None
     result, room = product.equation.outputs[0], UNSLICED_SHARE * floats
@@ -64,7 +64,9 @@ def taken_inside(layer: Layer, group: int, weights: RowWeights, floats: int) -> 
     @_over_rows
     def clipped_sum(a, g, allowed, factor):
         if one.folds:
-            a, g = held((finite_or_zero(a), g), factor != 0)
+            pair = [a, g]
+            pair[1 - rule.scaled_at] = finite_or_zero(pair[1 - rule.scaled_at])
+            a, g = held(pair, factor != 0)
         return sum_within(one, [rule.product.scaled(a, g)], factor, allowed, room), False
 
     def weighted_sum(a, g, allowed):

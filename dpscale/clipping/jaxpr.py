@@ -4,7 +4,7 @@ A loss is traced once, for one example. What comes out is inlined (jit, custom d
 rest of the package sees a flat list of equations in which only a scan has a body of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,23 @@ def _append(program: Program, jaxpr: Any, names: dict[Any, Operand]) -> None:
         names.update(zip(eqn.outvars, outputs, strict=True))
         body = _convert(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts) if kind == "scan" else None
         program.checkpointed |= body is not None and body.checkpointed
-        program.equations.append(Equation(kind, inputs, outputs, eqn.params, _binder(eqn), body))
+        inside = frozenset() if body is not None else frozenset(_operations(eqn))
+        program.equations.append(
+            Equation(kind, inputs, outputs, eqn.params, _binder(eqn), body, inside, bool(eqn.effects))
+        )
+
+
+def _operations(eqn: Any) -> Iterator[str]:
+    """The operations of the programs that an equation holds; and "rng_bit_generator", which is not its lowering's name
+    yet, for every draw from a key that is made for it."""
+    if any("rbg" in str(getattr(var.aval, "dtype", "")) for var in eqn.invars):
+        yield "rng_bit_generator"
+    for value in eqn.params.values():
+        for inner in value if isinstance(value, (tuple, list)) else [value]:
+            inner = getattr(inner, "jaxpr", inner)
+            for each in getattr(inner, "eqns", ()):
+                yield each.primitive.name
+                yield from _operations(each)
 
 
 def _inline(program: Program, eqn: Any, inputs: list[Operand]) -> list[Operand]:

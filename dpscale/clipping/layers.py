@@ -62,20 +62,20 @@ class Layer:
         return self.route in ("outer", "ghost")
 
 
-def rule_for(product: Product, program: Program) -> Rule | None:
-    """The rule of a product's primitive, or None where it does not cover this form of it."""
+def rule_for(product: Product, program: Program, refold: bool) -> Rule | None:
+    """The rule of a product's primitive, or None where it does not cover this form of it; `refold`: in ghost mode."""
     if product.equation.operation == "dot_general":
-        return Dense.of(product)
+        return Dense.of(product, refold)
     if product.equation.operation == "conv_general_dilated":
         return Convolution.of(product)
     return Embedding.of(product, program)
 
 
 def layer_for(
-    name: str, shape: tuple[int, ...], found: Cut | None, program: Program, leaves: tuple[jax.Array, ...]
+    name: str, shape: tuple[int, ...], found: Cut | None, program: Program, leaves: tuple[jax.Array, ...], refold: bool
 ) -> Layer:
     """The leaf's rules, with the route that costs the least memory; `choose_routes` then spends memory on time."""
-    rules = [] if found is None else [rule_for(product, program) for product in found.products]
+    rules = [] if found is None else [rule_for(product, program, refold) for product in found.products]
     known = tuple(rule for rule in rules if rule is not None)
     if found is None or len(known) < len(rules) or not known:
         return Layer(name, shape, "materialised")
@@ -162,8 +162,10 @@ def _together(rules: tuple[Rule, ...]) -> bool:
 
     They must be dense or embeddings, without stacked parts, and agree on which axes are the layer's input and output.
     """
+    if any(rule.sizes.parts != 1 for rule in rules):
+        return False
     layouts = [leaf_layout(rule.product) for rule in rules]
-    if any(rule.sizes.parts != 1 for rule in rules) or any(not layout for layout in layouts):
+    if any(not layout for layout in layouts):
         return False
     first = layouts[0] or []
     swapped = [("g" if side == "a" else "a", i, n) for side, i, n in first]
@@ -212,7 +214,7 @@ def sum_within(layer: Layer, pairs: list[Pair], factor: jax.Array, allowed: jax.
     """The leaf's sum of contributions factor_b e_b, each made smaller where its norm here is more than `allowed` says.
 
     `factor`: f[B], 0 where a row counts as nothing. `allowed`: f[B], the squared norms that the factors are made for
-    (`capped`). First operands must be finite. `room`: as in `measure_in_slices`.
+    (`capped`). Operands that are not scaled must be finite. `room`: as in `measure_in_slices`.
     """
     if layer.folds:
         square = measure_in_slices(layer, pairs, room).upper
@@ -253,7 +255,8 @@ def capped(factor: jax.Array, allowed: jax.Array, square: jax.Array, size: int) 
 
 def _slices(layer: Layer, pairs: list[Pair], room: float) -> int:
     rows = pairs[0][0].shape[len(layer.rules[0].product.frames)]
-    return 1 if norm_floats(layer) <= room else math.gcd(rows, SLICES)
+    known = isinstance(rows, int)  # jax.export may leave it open
+    return math.gcd(rows, SLICES) if known and norm_floats(layer) > room else 1
 
 
 def _slice(layer: Layer, pairs: list[Pair], k: jax.Array, count: int) -> list[Pair]:

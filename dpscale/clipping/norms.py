@@ -11,8 +11,8 @@ Let u be the unit roundoff of the sums and S = sum_t |a_t||g_t|.
   kappa = (D + P + 65) u. Contractions longer than `BLOCK` are made in blocks of it, so that D counts for
   BLOCK + D / BLOCK at most.
 * The contribution c e is itself computed from the factors, in a sum over t that errs by at most delta = (T + 2) u S
-  (plus one rounding of g c to the factors' own precision). The clip factor is taken from n + 2 delta, so that the
-  contribution is at most C even where e cancels to nothing.
+  (plus one rounding of the operand that c scales, to its own precision). The clip factor is taken from n + 2 delta, so
+  that the contribution is at most C even where e cancels to nothing.
 * A product below the smallest normal number may be flushed to zero, so a dot product of length n hides up to n TINY. A
   tiny a may meet a huge g: so |a_t|^2 counts as D TINY more, |g_t|^2 as P TINY more, and the tables' product as
   D TINY (sum_t |g_t|)^2 + P TINY (sum_t |a_t|)^2 more.

@@ -39,9 +39,8 @@ def with_inputs_held(parts: Split, problem: Problem) -> Problem:
     """
     rows, tree = jax.tree.flatten(problem.rows)
     given, summed = [*problem.leaves, *rows], {x for x, _ in parts.held}
-    places = [j for j, x in enumerate(parts.program.inputs) if x in summed and _is_float(given[j])]
+    places = [j for j, x in enumerate(parts.program.inputs) if x in summed]
     constants = [x for x in summed if isinstance(x, Constant) and isinstance(x.value, Tracer)]
-    constants = [x for x in constants if _is_float(x.value)]
     arrays, values = held(([given[j] for j in places], [x.value for x in constants]), problem.mask)
     for constant, value in zip(constants, values, strict=True):
         constant.value = value
@@ -59,40 +58,44 @@ def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
     if parts.method == "ghost":
         squares = {x for inside in parts.inside.values() for x in inside.squares}
         return _held(rows, [x for x in asked if x[0] in squares], problem.mask)
-    made = [x for x in asked if isinstance(x[0], Name) and x[0] not in parts.program.inputs]
-    return _held(rows, [x for x in made if x in parts.held], problem.mask)
+    return _held(rows, _made(parts, asked), problem.mask)
 
 
 def evaluate_again(
     parts: Split, problem: Problem, factors: list[jax.Array], allowed: dict[int, jax.Array]
 ) -> Evaluated:
-    """Ghost's second pass. What sums are made of is held where it is made, since nothing may wait for the end.
+    """Ghost's second pass. What sums are made of is held one by one, since nothing may wait for the end; the program
+    itself goes on with what is not held, so that the compiler rounds it as in the first pass, if it can.
 
     `factors`: f[B] of each clip group, 0 where a row counts as nothing. `allowed`: the squared norms f[scans.., B] that
     layers inside of scans keep to, by their number.
 
-    First operands are made finite, so that times 0 they are 0: a row that was finite in the first pass need not be in
-    this one, which the compiler may round otherwise. Where they are made, if a product reads all of them: whatever else
-    uses them then meets nothing new in a row whose first norm was finite. The zeros of `max(x, 0)` are this pass's own:
-    the compiler would merge those of both passes, and keep them all the time.
+    Operands that no factor scales are made finite, so that times 0 they are 0: a row that was finite in the first pass
+    need not be in this one, which the compiler may round otherwise. Where they are made, if a product reads all of
+    them: whatever else uses them then meets nothing new in a row whose first norm was finite. The zeros of `max(x, 0)`
+    are this pass's own: the compiler would merge those of both passes, and keep them all the time.
     """
     program, asked = parts.program, _asked(parts, again=True)
     given, made = program.inputs[len(problem.leaves) :], program.producers().keys()
-    once, first = {x for x, _ in parts.held} & made, first_roots(parts)
-    read = {x for (x, _), whole in first.items() if whole and (x in made or x in given)}
+    unscaled = unscaled_roots(parts)
+    read = {x for (x, _), whole in unscaled.items() if whole and (x in made or x in given)}
 
     def through(name: Name, value: jax.Array) -> jax.Array:
-        value = finite_or_zero(value) if name in read else value
-        return held(value, problem.mask) if name in once else value
+        return finite_or_zero(value) if name in read else value
 
     short = with_zero(_shortened(parts, asked), held(jnp.zeros(()), problem.mask))
     finite = list(map(through, given, jax.tree.leaves(problem.rows)))
     rows = _vmapped(parts, asked, short, problem.leaves, finite, through, factors, allowed)
-    rows = replace(rows, kept=rows.kept | {x: finite_or_zero(rows.kept[x]) for x in first if x[0] not in read})
-    for root in asked:  # what comes out of scans, one by one: each may be needed for a while only
-        if root in parts.held and isinstance(root[0], Name) and root[0] not in made and root[0] not in program.inputs:
-            rows = _held(rows, [root], problem.mask)
+    rows = replace(rows, kept=rows.kept | {x: finite_or_zero(rows.kept[x]) for x in unscaled if x[0] not in read})
+    for root in _made(parts, asked):
+        rows = _held(rows, [root], problem.mask)
     return rows
+
+
+def _made(parts: Split, asked: list[Asked]) -> list[Asked]:
+    """Of `asked` what sums are made of and the program makes; its inputs are held already."""
+    inputs = set(parts.program.inputs)
+    return [x for x in asked if x in parts.held and isinstance(x[0], Name) and x[0] not in inputs]
 
 
 def _asked(parts: Split, again: bool) -> list[Asked]:
@@ -178,11 +181,10 @@ def layer_values(parts: Split, rows: Evaluated) -> list[Any]:
 
 
 def without_bad_rows(parts: Split, rows: Evaluated, good: jax.Array) -> Evaluated:
-    """The values whose rows may be multiplied by zero: first operands are zero where rows are not `good`, bool[B].
-
-    Second operands are scaled by the factors, and bad rows are selected away in passing.
+    """The values whose rows may be multiplied by zero: operands that sums do not scale are zero in rows that are not
+    `good`, bool[B]. Of the others, which are scaled by the factors, bad rows are selected away in passing.
     """
-    roots = [root for root in first_roots(parts) if _is_float(rows.kept[root])]
+    roots = [root for root in unscaled_roots(parts) if _is_float(rows.kept[root])]
     clean = cleared([rows.kept[root] for root in roots], good, tuple(depth for _, depth in roots))
     return replace(rows, kept=rows.kept | dict(zip(roots, clean, strict=True)))
 
@@ -191,12 +193,12 @@ def _is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def first_roots(parts: Split) -> dict[Root, bool]:
-    """What is kept for the first operands of layers whose sums are made of operands, and whether a product reads all of
-    it: a convolution may skip some."""
+def unscaled_roots(parts: Split) -> dict[Root, bool]:
+    """What is kept for the operands that sums do not scale, and whether a product reads all of it: a convolution may
+    skip some."""
     producers, found = parts.program.producers(), dict[Root, bool]()
     summed = [layer for j, layer in enumerate(parts.layers) if layer.folds and j not in parts.inside]
     for rule in (rule for layer in summed for rule in layer.rules):
-        root = root_of(rule.operands[0], rule.product.frames, producers)
+        root = root_of(rule.operands[1 - rule.scaled_at], rule.product.frames, producers)
         found[root] = found.get(root, False) or not isinstance(rule, Convolution)
     return found

@@ -4,6 +4,7 @@ Sources: Goodfellow 2015 (arXiv 1510.01799), Li et al. 2021 (arXiv 2110.05679, g
 (arXiv 2210.00038, book-keeping and the mixed choice).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ from dpscale.clipping.example import Problem
 from dpscale.clipping.inside import Inside, RowWeights, taken_inside
 from dpscale.clipping.jaxpr import trace
 from dpscale.clipping.layers import Layer, choose_routes, layer_for, operand_floats
+from dpscale.errors import InputError
+
+CONVOLUTION = "conv_general_dilated"
 
 Root = tuple[Operand, int]
 """A value that is kept, and how many scan axes it has in front of its batch axis."""
@@ -37,7 +41,7 @@ class Split:
 
     `inside[j]` is what the body of layer j's scan computes by itself; `weights` is what its sum reads. `held` are the
     operands that must be held, since sums are made of them; `views` the leaves whose gradients are operands of others,
-    reshaped (the bias of a layer that is applied at one position).
+    reshaped (the bias of a layer that is applied at one position). `mixes`: whether a row's NaN may reach other rows.
     """
 
     program: Program
@@ -49,36 +53,32 @@ class Split:
     weights: RowWeights
     held: frozenset[Root]
     views: frozenset[int]
+    mixes: bool
 
 
 def split_backward(problem: Problem, method: str) -> Split:
     """Traces the loss for one row, finds the cuts and chooses the routes.
 
     "auto" is book-keeping, unless jax.checkpoint asks for the memory that it would take: then it is ghost.
+    Raises InputError where rows would depend on each other (`check_draws`).
     """
-    traced: list[Any] = []
 
-    def example(row):
-        def fun(leaves, row):
-            (loss, aux), grads = jax.value_and_grad(problem.loss, has_aux=True)(leaves, row)
-            return loss, aux, grads
+    def fun(leaves, row):
+        (loss, aux), grads = jax.value_and_grad(problem.loss, has_aux=True)(leaves, row)
+        return loss, aux, grads
 
-        program, results = trace(fun, problem.leaves, row)
-        traced.extend((program, results[1]))
-        return jnp.zeros(())
-
-    jax.vmap(example)(problem.rows)  # for the types of one row, as they are inside shard_map
-    program, aux = traced
+    program, (_, aux, _) = _traced(problem, fun)
     count = len(problem.leaves)
     moving = moving_names(program, program.inputs[count:])
+    check_draws(program, moving)
     for equation in walk(program):
-        if equation.operation == "conv_general_dilated" and all(x in moving for x in equation.inputs):
+        if equation.operation == CONVOLUTION and all(x in moving for x in equation.inputs):
             equation.apply = batched_convolution(equation.apply)
     method = method if method != "auto" else "ghost" if program.checkpointed else "bookkeeping"
     layers = []
     for name, leaf, gradient in zip(problem.names, problem.leaves, program.outputs[-count:], strict=True):
-        found = cut(program, gradient, moving, program.inputs[:count])
-        layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves)))
+        found = None if method == "materialize" else cut(program, gradient, moving, program.inputs[:count])
+        layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves), method == "ghost"))
     layers = choose_routes(layers, refold=method == "ghost")
     weights, floats = RowWeights([]), sum(map(operand_floats, layers))
     found = [taken_inside(x, problem.groups[j], weights, floats) for j, x in enumerate(layers) if method == "ghost"]
@@ -88,7 +88,39 @@ def split_backward(problem: Problem, method: str) -> Split:
     held = frozenset(root_of(x, rule.product.frames, producers) for x, rule in operands)
     views = [j for j, x in enumerate(gradients) if not layers[j].rules and root_of(x, (), producers) in held]
     num_aux, aux_tree = len(jax.tree.leaves(aux)), jax.tree.structure(aux)
-    return Split(program, method, layers, num_aux, aux_tree, inside, weights, held, frozenset(views))
+    mixes = any(CONVOLUTION in equation.inside for equation in walk(program))
+    return Split(program, method, layers, num_aux, aux_tree, inside, weights, held, frozenset(views), mixes)
+
+
+def _traced(problem: Problem, fun: Callable[..., Any]) -> tuple[Program, Any]:
+    """The program of fun(leaves, row), and the shapes of its results, for the types of one row inside of shard_map."""
+    traced: list[Any] = []
+
+    def example(row):
+        traced.extend(trace(fun, problem.leaves, row))
+        return jnp.zeros(())
+
+    jax.vmap(example)(problem.rows)
+    program, results = traced
+    return program, results
+
+
+def check_loss(problem: Problem) -> None:
+    """Raises InputError where rows would depend on each other (`check_draws`)."""
+    program, _ = _traced(problem, problem.loss)
+    check_draws(program, moving_names(program, program.inputs[len(problem.leaves) :]))
+
+
+def check_draws(program: Program, moving: set[Name]) -> None:
+    """Raises InputError where the loss draws from a key of its example by a generator that mixes rows under vmap."""
+    for equation in walk(program):
+        drawn = "rng_bit_generator" in (equation.operation, *equation.inside)
+        if drawn and any(isinstance(x, Name) and x in moving for x in equation.inputs):
+            raise InputError(
+                "the loss draws from a key that follows the example by an rbg generator: under vmap this draws for all "
+                "rows from the first row's key, so that rows depend on each other: make keys with "
+                'jax.random.key(seed, impl="threefry2x32")'
+            )
 
 
 def root_of(x: Operand, frames: tuple[Frame, ...], producers: dict[Name, Equation]) -> Root:
