@@ -2,7 +2,7 @@
 
 The weight gradient of one example is itself a convolution of the layer's input with the output's cotangent:
 e[u, c, k] = sum_t a[t + u, c] g[t, k], where u runs over the kernel's window and t over the output's positions. It is
-the dense rule with D = window x channels; the patches a[t + u] are views of the padded input and never all written out.
+the dense rule with D = window x channels; the patches a[t + u] are views of the padded input, written out for a few rows at most.
 XLA's own batched weight gradient is a grouped convolution, which is slow and, on CPU, lets a NaN in one example reach
 the others; it is used on the sum over the batch only.
 """
@@ -22,6 +22,9 @@ from dpscale.clipping.cut import Product
 from dpscale.clipping.dense import Sizes, scaled_rows
 from dpscale.clipping.equations import Equation, Operand
 from dpscale.clipping.norms import contract, gram, widened
+
+PATCH_FLOATS = 2**20
+"""Patches of at most this size are in memory at once, if one row's at one place of the window are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ class Convolution:
         numbers = self.product.equation.params["dimension_numbers"]
         return tuple(self.product.equation.outputs[0].shape[i] for i in numbers.out_spec[2:])
 
-    batch_axis = 2
+    batch_axis = 1
 
     def sides(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[scans.., B, own axes] -> a [S*B, space.., I, G, C], padded and dilated; g [S*B, t.., I, G, K]."""
@@ -108,33 +111,34 @@ class Convolution:
         starts[:, 1 : n + 1] *= np.array(self.product.equation.params["window_strides"], np.int32)
         return starts
 
-    @property
-    def _places_at_a_time(self) -> int:
-        """One; of an image with one channel as many as make no more columns than g has, since a product of one column
-        is slow (on a CPU, three columns by themselves were not slower than what putting more side by side costs)."""
-        window = prod(self.window)
-        if self.sizes.width_a != window:
-            return 1
-        return max(n for n in range(1, window + 1) if window % n == 0 and n <= max(1, self.sizes.width_g))
-
     def written_out(self, a: jax.Array, g: jax.Array) -> jax.Array:
-        """[U, S, B, G, C, K], some places of the window at a time, so that few patches are in memory at once."""
+        """[S, B, G, U, C, K]. Patches are made for a few rows at a time, and where those of one row are many, for some
+        places of its window at a time: so the products are long ones, and few patches are in memory at once."""
         a, g = self.sides(a, g)
-        rows, flat = g.shape[0] // prod(self.product.stacked), _flat_positions(g)
+        flat, window = _flat_positions(g), prod(self.window)
+
+        def product(patches, flat):
+            return contract("btgd,btgk->bgdk", patches, flat)
+
         if self._disjoint:
-            each = contract("btgd,btgk->bgdk", self._tiles(a, g), flat)
-            each = jnp.moveaxis(each.reshape(*each.shape[:2], prod(self.window), -1, each.shape[-1]), 2, 0)
+            each = product(self._tiles(a, g), flat)
         else:
+            starts = [[int(i) for i in start] for start in self._starts()]
+            of_place = self.sizes.positions * self.groups * (self.sizes.width_a // window)
+            places = _divisor(window, PATCH_FLOATS // of_place)
+            rows = _divisor(g.shape[0], PATCH_FLOATS // (window * of_place))
 
-            def some(starts):
-                patches = [_flat_positions(self._patch(a, g, start)) for start in starts]
-                return contract("btgc,btgk->bgck", jnp.concatenate(patches, axis=-1), flat)
+            def some(pair):
+                a, g = pair
+                flat, parts = _flat_positions(g), []
+                for j in range(0, window, places):
+                    patches = [_flat_positions(self._patch(a, g, start)) for start in starts[j : j + places]]
+                    parts.append(product(jnp.concatenate(patches, axis=-1), flat))
+                return jnp.concatenate(parts, axis=2)
 
-            count, starts = self._places_at_a_time, self._starts()
-            each = jax.lax.map(some, jnp.asarray(starts.reshape(-1, count, starts.shape[1])))
-            each = jnp.moveaxis(each.reshape(*each.shape[:3], count, -1, each.shape[-1]), 3, 1)
-            each = each.reshape(len(starts), *each.shape[2:])
-        return each.reshape(each.shape[0], -1, rows, *each.shape[2:])
+            each = _in_chunks(some, (a, g), rows)
+        count = each.shape[0] // prod(self.product.stacked)
+        return each.reshape(-1, count, self.groups, window, each.shape[2] // window, each.shape[3])
 
     def tables(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """T x T tables of a's patches and of g, each [S*G, B, T, T]."""
@@ -212,10 +216,10 @@ class Convolution:
         return self.product.finish(sums.reshape(*a.shape[:at], *sums.shape[1:]))
 
     def finish(self, x: jax.Array, lead: int = 0) -> jax.Array:
-        """[lead.., U, S, G, C, K] -> the leaf's gradient."""
+        """[lead.., S, G, U, C, K] -> the leaf's gradient."""
         out = self.product.equation.params["dimension_numbers"].out_spec
         stacked, n = self.product.stacked, len(self.window)
-        x = jnp.moveaxis(x, lead, lead + 1)  # S, U, G, C, K
+        x = jnp.moveaxis(x, lead + 1, lead + 2)  # S, U, G, C, K
         x = x.reshape(*x.shape[: lead + 1], *self.window, *x.shape[-3:])
         first = lead + 1 + n  # the axes (G, C, K) -> batch axis C, feature axis (G, K)
         x = jnp.moveaxis(x, first, first + 1).reshape(*x.shape[:first], x.shape[first + 1], -1)
@@ -237,6 +241,20 @@ def _arranged(x: jax.Array, spec: tuple[int, ...], lead: int, groups: int) -> ja
     order = [*range(lead), *(lead + i for i in (*spec[2:], spec[1], spec[0]))]
     x = jnp.transpose(x, order)
     return x.reshape(prod(x.shape[:lead]), *x.shape[lead:-1], groups, x.shape[-1] // groups)
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest number up to `most` that divides `count`; at least 1."""
+    known = isinstance(count, int)  # jax.export may leave it open
+    return max((n for n in range(1, min(count, most) + 1) if count % n == 0), default=1) if known else 1
+
+
+def _in_chunks(fun: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], rows: int) -> jax.Array:
+    """fun of all rows, so many at a time."""
+    if rows == arrays[0].shape[0]:
+        return fun(arrays)
+    chunks = jax.lax.map(fun, tuple(x.reshape(-1, rows, *x.shape[1:]) for x in arrays))
+    return chunks.reshape(-1, *chunks.shape[2:])
 
 
 def _flat_positions(x: jax.Array) -> jax.Array:
