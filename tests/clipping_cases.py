@@ -397,16 +397,22 @@ def tied_autoencoders_side_by_side(rng):
     return loss, {"w": normal(rng, 3, 5, 5)}, normal(rng, 4, 3, 5)
 
 
+def _forth_and_back(p, x):
+    def apply(h, w):
+        return jnp.tanh(h @ w), None
+
+    h, _ = jax.lax.scan(apply, x, p["w"])
+    return jnp.sum(jax.lax.scan(apply, h, jnp.swapaxes(p["w"], 1, 2), reverse=True)[0])
+
+
 @case({"w": "instantiated"})
 def a_stack_scanned_forth_and_back_transposed(rng):
-    def loss(p, x):
-        def apply(h, w):
-            return jnp.tanh(h @ w), None
+    return _forth_and_back, {"w": normal(rng, 2, 5, 5)}, normal(rng, 4, 3, 5)
 
-        h, _ = jax.lax.scan(apply, x, p["w"])
-        return jnp.sum(jax.lax.scan(apply, h, jnp.swapaxes(p["w"], 1, 2), reverse=True)[0])
 
-    return loss, {"w": normal(rng, 2, 5, 5)}, normal(rng, 4, 3, 5)
+@case({"w": "ghost"})
+def a_stack_of_one_scanned_forth_and_back_transposed(rng):
+    return _forth_and_back, {"w": normal(rng, 1, 9, 9)}, normal(rng, 4, 3, 9)
 
 
 @case({"w": "ghost"})
@@ -414,18 +420,6 @@ def one_expert_applied_twice(rng):
     def loss(p, x):
         h = jnp.einsum("etd,edf->etf", x[None], p["w"])
         return jnp.sum(jnp.sin(jnp.einsum("etd,edf->etf", h, p["w"])))
-
-    return loss, {"w": normal(rng, 1, 9, 9)}, normal(rng, 4, 3, 9)
-
-
-@case({"w": "ghost"})
-def a_stack_of_one_scanned_forth_and_back_transposed(rng):
-    def loss(p, x):
-        def apply(h, w):
-            return jnp.tanh(h @ w), None
-
-        h, _ = jax.lax.scan(apply, x, p["w"])
-        return jnp.sum(jax.lax.scan(apply, h, jnp.swapaxes(p["w"], 1, 2), reverse=True)[0])
 
     return loss, {"w": normal(rng, 1, 9, 9)}, normal(rng, 4, 3, 9)
 
@@ -445,16 +439,12 @@ def ids_of_a_type_that_does_not_hold_the_vocabulary(rng):
 @case()
 def integer_features_without_a_cast(rng):
     def loss(p, x):
-        out = [
-            jax.lax.dot(x[:rows], p[name], preferred_element_type=jnp.result_type(float)) for name, rows in SOME_ROWS
-        ]
+        rows = {"wide": x, "narrow": x, "one": x[:1]}
+        out = [jax.lax.dot(rows[name], w, preferred_element_type=w.dtype) for name, w in p.items()]
         return sum(jnp.sum(jnp.sin(y)) for y in out)
 
     params = {"wide": normal(rng, 5, 14), "narrow": normal(rng, 5, 2), "one": normal(rng, 5, 4)}
     return loss, params, jnp.asarray(rng.integers(-5, 5, (4, 3, 5)), jnp.int8)
-
-
-SOME_ROWS = (("wide", 3), ("narrow", 3), ("one", 1))
 
 
 @jax.custom_vjp
