@@ -2,7 +2,8 @@
 
 The weight gradient of one example is itself a convolution of the layer's input with the output's cotangent:
 e[u, c, k] = sum_t a[t + u, c] g[t, k], where u runs over the kernel's window and t over the output's positions. It is
-the dense rule with D = window x channels; the patches a[t + u] are views of the padded input, written out for a few rows at most.
+the dense rule with D = window x channels; the patches a[t + u] are views of the padded input, put together for a few
+rows at most.
 XLA's own batched weight gradient is a grouped convolution, which is slow and, on CPU, lets a NaN in one example reach
 the others; it is used on the sum over the batch only.
 """
