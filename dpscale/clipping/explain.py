@@ -56,16 +56,15 @@ def explanation(parts: Split, problem: Problem) -> Explanation:
     """The costs of each layer for the problem's batch. What several layers hold together counts for the first."""
     rows, producers = problem.mask.shape[0], parts.program.producers()
     costs, known = [], set[Root]()
+    keeps = parts.method != "ghost"  # there each layer's sum is made with its norm
     for j, (layer, leaf) in enumerate(zip(parts.layers, problem.leaves, strict=True)):
         held = 0
-        if parts.method == "ghost":
-            pass  # each layer's sum is made with its norm, and nothing is kept
-        elif layer.folds:
+        if keeps and layer.folds:
             pairs = [(x, rule.product.frames) for rule in layer.rules for x in rule.operands]
             roots = {root_of(x, frames, producers): _bytes(x, frames) for x, frames in pairs}
             held = sum(size for root, size in roots.items() if root not in known)
             known |= roots.keys()
-        elif j not in parts.views:
+        elif keeps and j not in parts.views:
             held = prod(layer.shape) * sum_dtype(leaf.dtype).itemsize
         costs.append(_cost(layer, rows, parts.method, rows * held))
     return Explanation(parts.method, rows, costs)

@@ -73,8 +73,8 @@ def _append(program: Program, jaxpr: Any, names: dict[Any, Operand]) -> None:
 
 
 def _operations(eqn: Any) -> Iterator[str]:
-    """The operations of the programs that an equation holds; and "rng_bit_generator", which is not its lowering's name
-    yet, for every draw from a key that is made for it."""
+    """The operations of the programs that an equation holds; and "rng_bit_generator" where it takes a key that is made
+    for it, since a draw from such a key becomes one when it is lowered."""
     if any("rbg" in str(getattr(var.aval, "dtype", "")) for var in eqn.invars):
         yield "rng_bit_generator"
     for value in eqn.params.values():

@@ -18,8 +18,8 @@ def repaired(problem: Problem, clipped_sum: Callable[[Problem], ClippedSum]) -> 
     """What `clipped_sum` gives where no row that is not finite takes part.
 
     Rows that must not count are replaced by a good row before anything is computed. Where a NaN appears all the same,
-    the rows are examined one by one, and all is done again without those that have one. A row that is finite alone and
-    not in the batch (at the edge of overflow roundings decide) is left out the next time, so that there is an end.
+    the rows are examined one by one, and all is done again without those that have one. If each is finite alone (at
+    the edge of overflow roundings decide), those that are not in the batch are left out, so that there is an end.
     """
 
     def once(keep: jax.Array) -> ClippedSum:
