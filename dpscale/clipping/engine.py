@@ -42,7 +42,7 @@ from dpscale.clipping.rows import (
     evaluate_again,
     evaluate_rows,
     layer_values,
-    with_inputs_held,
+    with_constants_held,
     without_bad_rows,
 )
 from dpscale.clipping.split import Split, split_backward
@@ -136,7 +136,7 @@ def clipped_sum(problem: Problem, method: str) -> ClippedSum:
 
 
 def _sum_of(parts: Split, problem: Problem) -> ClippedSum:
-    problem = with_inputs_held(parts, problem)
+    problem = with_constants_held(parts, problem)
     rows = evaluate_rows(parts, problem)
     found = measure_rows(parts, problem, rows)
     sums = sum_again if parts.method == "ghost" else sum_rows

@@ -32,22 +32,23 @@ class Evaluated:
     kept: dict[Asked, jax.Array]
 
 
-def with_inputs_held(parts: Split, problem: Problem) -> Problem:
-    """The problem with its rows, leaves and closed-over arrays held of which sums are made.
+def with_constants_held(parts: Split, problem: Problem) -> Problem:
+    """The problem with its leaves and closed-over arrays held of which sums are made: held with the other operands,
+    they would be made once for every row.
 
     They may have been computed just before, and a compiler makes them again as it does any other value.
     """
-    rows, tree = jax.tree.flatten(problem.rows)
-    given, summed = [*problem.leaves, *rows], {x for x, _ in parts.held}
-    places = [j for j, x in enumerate(parts.program.inputs) if x in summed]
+    leaves, summed = list(problem.leaves), {x for x, _ in parts.held}
+    places = [j for j, x in enumerate(parts.program.inputs[: len(leaves)]) if x in summed]
     constants = [x for x in summed if isinstance(x, Constant) and isinstance(x.value, Tracer)]
-    arrays, values = held(([given[j] for j in places], [x.value for x in constants]), problem.mask)
+    if not places and not constants:
+        return problem
+    arrays, values = held(([leaves[j] for j in places], [x.value for x in constants]), problem.mask)
     for constant, value in zip(constants, values, strict=True):
         constant.value = value
     for j, array in zip(places, arrays, strict=True):
-        given[j] = array
-    count = len(problem.leaves)
-    return replace(problem, leaves=given[:count], rows=tree.unflatten(given[count:]))
+        leaves[j] = array
+    return replace(problem, leaves=leaves)
 
 
 def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
@@ -58,7 +59,7 @@ def evaluate_rows(parts: Split, problem: Problem) -> Evaluated:
     if parts.method == "ghost":
         squares = {x for inside in parts.inside.values() for x in inside.squares}
         return _held(rows, [x for x in asked if x[0] in squares], problem.mask)
-    return _held(rows, _made(parts, asked), problem.mask)
+    return _held(rows, _own(parts, asked), problem.mask)
 
 
 def evaluate_again(
@@ -87,15 +88,15 @@ def evaluate_again(
     finite = list(map(through, given, jax.tree.leaves(problem.rows)))
     rows = _vmapped(parts, asked, short, problem.leaves, finite, through, factors, allowed)
     rows = replace(rows, kept=rows.kept | {x: finite_or_zero(rows.kept[x]) for x in unscaled if x[0] not in read})
-    for root in _made(parts, asked):
+    for root in _own(parts, asked):
         rows = _held(rows, [root], problem.mask)
     return rows
 
 
-def _made(parts: Split, asked: list[Asked]) -> list[Asked]:
-    """Of `asked` what sums are made of and the program makes; its inputs are held already."""
-    inputs = set(parts.program.inputs)
-    return [x for x in asked if x in parts.held and isinstance(x[0], Name) and x[0] not in inputs]
+def _own(parts: Split, asked: list[Asked]) -> list[Asked]:
+    """Of `asked` what sums are made of, and is each row's own: its inputs, and what the program makes."""
+    leaves = set(parts.program.inputs[: len(parts.layers)])
+    return [x for x in asked if x in parts.held and isinstance(x[0], Name) and x[0] not in leaves]
 
 
 def _asked(parts: Split, again: bool) -> list[Asked]:
