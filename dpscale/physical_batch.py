@@ -70,7 +70,15 @@ def accumulate_bytes(config: RunConfig, plan: PrivacyPlan, task: Task, source: E
     mask = jax.ShapeDtypeStruct((rows,), jnp.bool_)
     arguments = (task.params, batch, mask, keys if task.uses_key else None)
     arguments += () if task.frozen is None else (task.frozen,)
-    memory = jax.jit(summed).lower(*arguments).compile().memory_analysis()
+    return program_bytes(jax.jit(summed).lower(*arguments).compile())
+
+
+def program_bytes(program: jax.stages.Compiled) -> int:
+    """What the compiler says that a program needs: temporaries, arguments and results.
+
+    Raises: InputError where this backend's compiler does not say.
+    """
+    memory = program.memory_analysis()
     if memory is None:
         raise InputError(
             "this backend does not say how much memory a program needs, so performance.physical_batch_size=auto has "

@@ -69,12 +69,16 @@ class Convolution:
 
     batch_axis = 1
 
+    def _rows(self, *operands: jax.Array) -> tuple[jax.Array, ...]:
+        """[scans.., B, own axes] -> [S*B, own axes]."""
+        lead = len(self.product.frames) + 1
+        return tuple(x.reshape(prod(x.shape[:lead]), *x.shape[lead:]) for x in operands)
+
     def sides(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[scans.., B, own axes] -> a [S*B, space.., I, G, C], padded and dilated; g [S*B, t.., I, G, K]."""
-        params, groups = self.product.equation.params, self.groups
-        numbers, lead = params["dimension_numbers"], len(self.product.frames) + 1
-        a = _arranged(a, numbers.lhs_spec, lead, groups)
-        g = _arranged(g, numbers.rhs_spec, lead, groups)
+        """[rows, own axes] -> a [rows, space.., I, G, C], padded and dilated; g [rows, t.., I, G, K]."""
+        params = self.product.equation.params
+        numbers = params["dimension_numbers"]
+        a, g = _arranged(a, numbers.lhs_spec, self.groups), _arranged(g, numbers.rhs_spec, self.groups)
         pads = zip(params["padding"], params["lhs_dilation"], strict=True)
         space = [(low, high, step - 1) for (low, high), step in pads]
         return jax.lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0), *space, *[(0, 0, 0)] * 3]), g
@@ -115,22 +119,23 @@ class Convolution:
     def written_out(self, a: jax.Array, g: jax.Array) -> jax.Array:
         """[S, B, G, U, C, K]. Patches are made for a few rows at a time, and where those of one row are many, for some
         places of its window at a time: so the products are long ones, and few patches are in memory at once."""
-        a, g = self.sides(a, g)
-        flat, window = _flat_positions(g), prod(self.window)
+        a, g = self._rows(a, g)
+        window = prod(self.window)
 
         def product(patches, flat):
             return contract("btgd,btgk->bgdk", patches, flat)
 
         if self._disjoint:
-            each = product(self._tiles(a, g), flat)
+            a, g = self.sides(a, g)
+            each = product(self._tiles(a, g), _flat_positions(g))
         else:
             starts = [[int(i) for i in start] for start in self._starts()]
             of_place = self.sizes.positions * self.groups * (self.sizes.width_a // window)
             places = _divisor(window, PATCH_FLOATS // of_place)
             rows = _divisor(g.shape[0], PATCH_FLOATS // (window * of_place))
 
-            def some(pair):
-                a, g = pair
+            def some(a, g):
+                a, g = self.sides(a, g)
                 flat, parts = _flat_positions(g), []
                 for j in range(0, window, places):
                     patches = [_flat_positions(self._patch(a, g, start)) for start in starts[j : j + places]]
@@ -143,7 +148,7 @@ class Convolution:
 
     def tables(self, a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         """T x T tables of a's patches and of g, each [S*G, B, T, T]."""
-        a, g = self.sides(a, g)
+        a, g = self.sides(*self._rows(a, g))
         rows = g.shape[0] // prod(self.product.stacked)
         table_g = gram(jnp.moveaxis(_flat_positions(g), 2, 1))
         if self._disjoint:
@@ -237,11 +242,10 @@ class Convolution:
         return {"ghost": n * (table_a + t * t * p), "instantiated": n * t * d * p, "folded": n * t * d * p}
 
 
-def _arranged(x: jax.Array, spec: tuple[int, ...], lead: int, groups: int) -> jax.Array:
-    """[scans.., B, own axes] -> [scans*B, space.., feature, groups, batch / groups] by the axes' roles in `spec`."""
-    order = [*range(lead), *(lead + i for i in (*spec[2:], spec[1], spec[0]))]
-    x = jnp.transpose(x, order)
-    return x.reshape(prod(x.shape[:lead]), *x.shape[lead:-1], groups, x.shape[-1] // groups)
+def _arranged(x: jax.Array, spec: tuple[int, ...], groups: int) -> jax.Array:
+    """[rows, own axes] -> [rows, space.., feature, groups, batch / groups] by the axes' roles in `spec`."""
+    x = jnp.transpose(x, [0, *(1 + i for i in (*spec[2:], spec[1], spec[0]))])
+    return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
 
 
 def _divisor(count: int, most: int) -> int:
@@ -252,10 +256,20 @@ def _divisor(count: int, most: int) -> int:
 
 def _in_chunks(fun: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], rows: int) -> jax.Array:
     """fun of all rows, so many at a time."""
-    if rows == arrays[0].shape[0]:
-        return fun(arrays)
-    chunks = jax.lax.map(fun, tuple(x.reshape(-1, rows, *x.shape[1:]) for x in arrays))
-    return chunks.reshape(-1, *chunks.shape[2:])
+    count = arrays[0].shape[0] // rows
+    if count == 1 or any(0 in x.shape[1:] for x in arrays):
+        return fun(*arrays)
+
+    def some(k):
+        return fun(*(jax.lax.dynamic_slice_in_dim(x, k * rows, rows) for x in arrays))
+
+    def put(k, out):
+        return jax.lax.dynamic_update_slice_in_dim(out, some(k), k * rows, 0)
+
+    like, first = jax.eval_shape(some, 0), jax.lax.index_in_dim(arrays[0].reshape(-1), 0, keepdims=False)
+    # All of it is overwritten. The compiler would merge the zeros of several such loops, and copy them for each.
+    start = jnp.broadcast_to(first.astype(like.dtype), (count * rows, *like.shape[1:]))
+    return jax.lax.fori_loop(0, count, put, start)
 
 
 def _flat_positions(x: jax.Array) -> jax.Array:
