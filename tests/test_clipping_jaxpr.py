@@ -12,6 +12,7 @@ from jax.experimental import checkify
 from dpscale.clipping import clipped_grad
 from dpscale.clipping.equations import Constant, expose, moving_names, run, subprogram, walk
 from dpscale.clipping.jaxpr import CHECKED_VERSIONS, trace
+from dpscale.errors import InputError
 
 
 def normal(seed, *shape):
@@ -153,3 +154,37 @@ def test_a_step_whose_batch_size_is_left_open_can_be_exported(method):
     ]
     found = export.export(step)(*shapes).call(w, x, jnp.ones(6, bool))
     np.testing.assert_allclose(found, step(w, x, jnp.ones(6, bool)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_equations_run_under_the_settings_that_the_loss_makes(method):
+    """Keys drew other numbers."""
+
+    def loss(w, x, key):
+        with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):  # type: ignore[attr-defined]
+            noise = jax.random.normal(key, x.shape)
+        return jnp.sum(jnp.sin((x + noise) @ w))
+
+    arguments = normal(1, 5, 6), normal(2, 4, 3, 5), jnp.ones(4, bool), jax.random.split(jax.random.key(3), 4)
+    out, expected = (jax.jit(clipped_grad(loss, 0.5, name))(*arguments) for name in (method, "materialize"))
+    np.testing.assert_allclose(out.losses, expected.losses, rtol=1e-5)
+    np.testing.assert_allclose(out.norms, expected.norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
+def test_nothing_rests_on_ranks_that_are_promoted(method):
+    def loss(w, x):
+        return jnp.sum(lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
+
+    with jax.numpy_rank_promotion("raise"):
+        clipped_grad(loss, 0.5, method)(normal(1, 3, 5, 5), normal(2, 4, 5), jnp.ones(4, bool))
+        clipped_grad(loss, 0.5, method)(normal(1, 3, 5, 5), normal(2, 4, 7, 5), jnp.ones(4, bool))
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
+def test_rows_that_are_sharded_explicitly_are_refused(method):
+    kinds = (jax.sharding.AxisType.Explicit,)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=kinds, devices=jax.devices()[:2])):
+        rows = jax.device_put(normal(2, 4, 5), jax.sharding.PartitionSpec("data"))
+        with pytest.raises(InputError, match=r"float32\[4@data,5\]"):
+            clipped_grad(lambda w, x: jnp.sum(x @ w), 0.5, method)(normal(1, 5, 6), rows, jnp.ones(4, bool))

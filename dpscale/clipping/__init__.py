@@ -165,6 +165,12 @@ def _check_rows(batch: Any, mask: jax.Array, keys: Any) -> None:
                 f"{'keys' if path[0].idx else 'batch'}{jax.tree_util.keystr(path[1:])} has shape {jnp.shape(x)} "
                 f"and the mask {mask.shape}: every leaf needs the same leading axis B"
             )
+    for x in jax.tree.leaves((batch, mask, keys)):
+        if tuple(jax.typeof(x).sharding.spec)[:1] not in ((), (None,)):
+            raise InputError(
+                f"rows are sharded explicitly ({jax.typeof(x)}): sums over rows are those of one device: take them "
+                "inside of jax.shard_map and add them up by psum, or use a mesh of AxisType.Auto"
+            )
 
 
 def _vary_alike(tree: Any) -> Any:

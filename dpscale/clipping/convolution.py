@@ -22,7 +22,7 @@ import numpy as np
 from dpscale.clipping.cut import Product
 from dpscale.clipping.dense import Sizes, scaled_rows
 from dpscale.clipping.equations import Equation, Operand
-from dpscale.clipping.norms import contract, gram, widened
+from dpscale.clipping.norms import contract, gram, sum_precision, widened
 
 PATCH_FLOATS = 2**20
 """Patches of at most this size are in memory at once, if one row's at one place of the window are."""
@@ -257,7 +257,7 @@ def _divisor(count: int, most: int) -> int:
 def _in_chunks(fun: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], rows: int) -> jax.Array:
     """fun of all rows, so many at a time."""
     count = arrays[0].shape[0] // rows
-    if count == 1 or any(0 in x.shape[1:] for x in arrays):
+    if count == 1:
         return fun(*arrays)
 
     def some(k):
@@ -297,13 +297,13 @@ def _join_rows(x: jax.Array, spec: tuple[int, ...]) -> tuple[jax.Array, tuple[in
 
 def _apply(equation: Equation, numbers: Any, a: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
     """The equation's convolution with other dimension numbers."""
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-    names += ("feature_group_count", "batch_group_count", "precision")
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
     return jax.lax.conv_general_dilated(
         a,
         g,
         dimension_numbers=numbers,
         preferred_element_type=dtype,
+        precision=sum_precision(),
         **{name: equation.params[name] for name in names},
     )
 

@@ -151,10 +151,16 @@ class _Walk:
 
 
 def _has_rule(equation: Equation, frames: tuple[Frame, ...] = ()) -> bool:
-    """Whether a bilinear equation is real and makes at least one product."""
+    """Whether a bilinear equation is real, makes at least one product, and a row that does not count can be 0 in it."""
     arrays = [*equation.inputs, *equation.outputs]
     real = not np.issubdtype(np.dtype(equation.outputs[0].dtype), np.complexfloating)
-    return real and all(prod(x.shape) for x in arrays) and all(frame.length for frame in frames)
+    whole = all(prod(x.shape) for x in arrays) and all(frame.length for frame in frames)
+    return real and whole and all(_has_zero(x.dtype) for x in equation.inputs)
+
+
+def _has_zero(dtype: Any) -> bool:
+    """False for float8_e8m0fnu, which has powers of two only."""
+    return bool(np.zeros((), dtype) == 0)
 
 
 def _sums_into(scan: Scan, j: int) -> bool:

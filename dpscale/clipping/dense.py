@@ -85,7 +85,7 @@ class Dense:
         sides = list(self.sides(a, g))
         rows = sides[self.scaled_at]
         flat = rows.reshape(*rows.shape[:-2], -1)  # a bias at one position is summed so too: it is scaled once for both
-        sides[self.scaled_at] = scaled_rows(flat, factor[:, None]).reshape(rows.shape)
+        sides[self.scaled_at] = scaled_rows(flat, factor.reshape(*(1,) * (flat.ndim - 2), -1, 1)).reshape(rows.shape)
         left, right = (x.reshape(*x.shape[:-3], -1, x.shape[-1]) for x in sides)
         return self.finish(contract("...td,...tp->...dp", left, right))
 

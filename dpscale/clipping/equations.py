@@ -28,6 +28,10 @@ class Constant:
         return jax.numpy.shape(self.value)
 
     @property
+    def dtype(self) -> Any:
+        return jax.numpy.result_type(self.value)
+
+    @property
     def literal(self) -> np.ndarray | None:
         """The value where it can be looked at while tracing; arrays of jax, which may be tracers, give None."""
         return None if isinstance(self.value, jax.Array) else np.asarray(self.value)

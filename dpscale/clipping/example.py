@@ -54,8 +54,9 @@ class Problem:
 
 
 def sum_dtype(dtype) -> Any:
-    """float32 for every smaller float, float64 for float64: norms and sums are never taken in less."""
-    small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32  # 8-bit floats are not promoted
+    """float32 for every smaller float and for integers, else the type: norms and sums are never taken in less."""
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    small = real and jax.dtypes.itemsize_bits(dtype) < 32  # those of 8 bits and less have no promotion
     return jnp.dtype(jnp.float32) if small else jnp.promote_types(dtype, jnp.float32)
 
 

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from math import prod
 
-import jax.numpy as jnp
 import numpy as np
 
 from dpscale.clipping.cut import Frame
-from dpscale.clipping.equations import Name, Operand
+from dpscale.clipping.equations import Operand
 from dpscale.clipping.example import Problem, sum_dtype
 from dpscale.clipping.layers import Layer
 from dpscale.clipping.split import Root, Split, root_of
@@ -72,11 +71,7 @@ def explanation(parts: Split, problem: Problem) -> Explanation:
 
 def _bytes(x: Operand, frames: tuple[Frame, ...]) -> int:
     """What one example's operand takes, of all rounds of its scans."""
-    return prod(frame.length for frame in frames) * prod(x.shape) * _dtype(x).itemsize
-
-
-def _dtype(x: Operand) -> np.dtype:
-    return np.dtype(x.dtype if isinstance(x, Name) else jnp.result_type(x.value))
+    return prod(frame.length for frame in frames) * prod(x.shape) * np.dtype(x.dtype).itemsize
 
 
 def _cost(layer: Layer, rows: int, method: str, held: int) -> LayerCost:

@@ -107,7 +107,18 @@ def _inline(program: Program, eqn: Any, inputs: list[Operand]) -> list[Operand]:
 
 
 def _binder(eqn: Any) -> Callable[..., Any]:
-    """Applies an equation. Sums and products are taken without their axes of length 1.
+    """Applies an equation under the settings that it was traced under, as how keys draw."""
+    apply = _without_unit_axes(eqn)
+
+    def under_its_settings(*values):
+        with eqn.ctx.manager:
+            return apply(*values)
+
+    return under_its_settings
+
+
+def _without_unit_axes(eqn: Any) -> Callable[..., Any]:
+    """Applies an equation, sums and products without their axes of length 1.
 
     Losses of one example are full of those (a model for batches, applied to a batch of one). XLA's CPU backend takes up
     to ten times as long for the sum of a product over [B, 1, T, D] as over [B, T, D], and copies what it need not for

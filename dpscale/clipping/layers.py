@@ -197,6 +197,8 @@ def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Sq
         return Squares(square, most * (1 + 2 * error) ** 2), None
     tables = rule.tables(*pair) if len(pairs) == 1 else _shared_tables(layer.rules, pairs)
     widths = rule.sizes.width_a, rule.sizes.width_g
+    if len(pairs) > 1 and not _begins_with_a(rule):
+        widths = widths[1], widths[0]
     return from_tables(*tables, widths, kappa(*widths, low), error), None
 
 
@@ -319,10 +321,15 @@ def _shared_tables(rules: tuple[Rule, ...], pairs: list[Pair]) -> Pair:
     oriented = []
     for rule, pair in zip(rules, pairs, strict=True):
         left, right = rule.sides(*pair)
-        layout = leaf_layout(rule.product)
-        oriented.append((left, right) if layout and layout[0][0] == "a" else (right, left))
+        oriented.append((left, right) if _begins_with_a(rule) else (right, left))
     first, second = zip(*oriented, strict=True)
     return _block_table(first), _block_table(second)
+
+
+def _begins_with_a(rule: Rule) -> bool:
+    """Whether the leaf's first axis is the first operand's: that side's table is the first of several products'."""
+    layout = leaf_layout(rule.product)
+    return bool(layout) and layout[0][0] == "a"
 
 
 def _block_table(sides: tuple[jax.Array, ...]) -> jax.Array:

@@ -69,12 +69,16 @@ def delta(positions: int, dtype, tf32: bool) -> float:
     return (positions + 2) * roundoff(sum_dtype(dtype)) + low
 
 
+def sum_precision() -> jax.lax.Precision:
+    """Of the products that sums are made of. DEFAULT is TF32 on a GPU; it is asked for by name, since jax's own setting
+    may say less than the bound allows for."""
+    whole = str(jax.config.values["jax_default_matmul_precision"]) in ("float32", "highest")
+    return jax.lax.Precision.HIGHEST if whole else jax.lax.Precision.DEFAULT
+
+
 def uses_tf32() -> bool:
-    """Whether float32 products may be rounded to 10 bits on this backend."""
-    return jax.default_backend() == "gpu" and str(jax.config.values["jax_default_matmul_precision"]) not in (
-        "float32",
-        "highest",
-    )
+    """Whether those products may be rounded to 10 bits on this backend."""
+    return jax.default_backend() == "gpu" and sum_precision() == jax.lax.Precision.DEFAULT
 
 
 def gram(x: jax.Array) -> jax.Array:
@@ -89,13 +93,13 @@ def cross_gram(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _products(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return contract(spec, x, y, precision="highest")
+    return contract(spec, x, y, jax.lax.Precision.HIGHEST)
 
 
-def contract(spec: str, x: jax.Array, y: jax.Array, precision: str | None = None) -> jax.Array:
-    """einsum of two operands with sums in at least float32."""
+def contract(spec: str, x: jax.Array, y: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:
+    """einsum of two operands with sums in at least float32; by default in `sum_precision`."""
     x, y, dtype = widened(x, y)
-    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=dtype)
+    return jnp.einsum(spec, x, y, precision=precision or sum_precision(), preferred_element_type=dtype)
 
 
 def widened(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, Any]:

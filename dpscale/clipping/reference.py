@@ -34,7 +34,8 @@ def _clip_and_sum(problem: Problem) -> ClippedSum:
     good = problem.mask & finite
     grads = [select_rows(good, grad) for grad in grads]
     factors = [select_rows(good, factor) for factor in factors]
-    sums = [jnp.tensordot(factors[g].astype(x.dtype), x, 1) for g, x in zip(problem.groups, grads, strict=True)]
+    weights = [factors[group].astype(x.dtype) for group, x in zip(problem.groups, grads, strict=True)]
+    sums = [jnp.tensordot(w, x, 1, precision="highest") for w, x in zip(weights, grads, strict=True)]  # as the norms
     aux = jax.tree.map(lambda x: select_rows(good, x), aux)
     losses, norms = select_rows(good, losses), select_rows(good, norms)
     by_group = None if by_group is None else jnp.where(good, by_group, 0)

@@ -18,36 +18,30 @@ def repaired(problem: Problem, clipped_sum: Callable[[Problem], ClippedSum]) -> 
     """What `clipped_sum` gives where no row that is not finite takes part.
 
     Rows that must not count are replaced by a good row before anything is computed. Where something is not finite all
-    the same, each row is taken in a batch of its own, and the sum again without the rows that are not finite there. If
-    that still is not finite (at the edge of overflow the batch may round otherwise than one row), the sum is that of
-    the rows taken one by one. So whether a row counts never depends on another one.
+    the same, the rows are halved until those that are not finite are found, and the sum is taken without them: for k
+    such rows of B, about 2 k log2(B) sums. Each of them is one round of the same loop, so the same compiled program:
+    another one, for fewer rows say, would round otherwise, and where gradients are nothing but rounding, or at the edge
+    of overflow, one row would then decide what the others give.
     """
-
-    def together(keep: jax.Array) -> ClippedSum:
-        return clipped_sum(replace(problem, rows=replace_rows(keep, problem.rows), mask=keep))
-
-    def one_by_one(keep: jax.Array) -> ClippedSum:
-        def add(sums, row):
-            values, kept = jax.tree.map(lambda x: x[None], row)
-            found = clipped_sum(replace(problem, rows=values, mask=kept))
-            return jax.tree.map(jnp.add, sums, found.grad_sum), replace(found, grad_sum=None)
-
-        sums, each = jax.lax.scan(add, nothing.grad_sum, (problem.rows, keep))
-        by_group = None if each.group_norms is None else each.group_norms[..., 0].T
-        found = jax.tree.map(lambda x: x[:, 0], replace(each, group_norms=None))
-        return replace(found, grad_sum=sums, group_norms=by_group)
+    places = jnp.arange(problem.mask.shape[0])
 
     def attempt(state):
-        keep, count, _, _ = state
-        alone = count % 2 == 1
-        result = jax.lax.cond(alone, one_by_one, together, keep)
-        keep = keep & (result.finite | ~alone)
-        done = (count == 3) | (~alone & jnp.all(result.finite))
-        return keep, count + 1, done, result
+        first, size, keep, _, _ = state
+        ended = first >= places.size
+        part = keep & ((places >= first) & (places < first + size) | ended)
+        result = clipped_sum(replace(problem, rows=replace_rows(part, problem.rows), mask=part))
+        finite = jnp.all(result.finite)
+        done = ended | (finite & (size >= places.size))
+        keep = keep & (finite | ended | (size > 1) | ~part)
+        settled = finite | (size == 1)
+        first = jnp.where(settled, first + size, first)
+        size = jnp.where(settled, first & -first, size // 2)  # the largest half, quarter, .. that begins there
+        return first, size, keep, done, result
 
-    falsum = problem.mask[0] & False  # inside shard_map it varies as the rows do
-    shapes = jax.eval_shape(lambda: together(problem.mask))
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + falsum.astype(x.dtype), shapes)
-    start = problem.mask, falsum.astype(jnp.int32), falsum, nothing
-    keep, _, _, result = jax.lax.while_loop(lambda state: ~state[2], attempt, start)
-    return replace(result, finite=keep | ~problem.mask)
+    zero = (problem.mask[0] & False).astype(jnp.int32)  # inside shard_map it varies as the rows do
+    whole = zero + (1 << (places.size - 1).bit_length())
+    shapes = jax.eval_shape(lambda: clipped_sum(problem))
+    nothing = jax.tree.map(lambda x: jnp.where(zero == 0, *[jnp.zeros(x.shape, x.dtype)] * 2), shapes)
+    start = zero, whole, problem.mask, zero != 0, nothing
+    _, _, keep, _, result = jax.lax.while_loop(lambda state: ~state[3], attempt, start)
+    return replace(result, finite=(keep & result.finite) | ~problem.mask)
