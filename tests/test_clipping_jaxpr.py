@@ -143,7 +143,7 @@ def test_what_is_read_from_a_reference_may_follow_the_example():
     assert program.outputs[0] in moving_names(program, program.inputs[1:])
 
 
-@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
 def test_a_step_whose_batch_size_is_left_open_can_be_exported(method):
     w, x = normal(0, 40, 40), normal(1, 6, 3, 40)
     clipped = clipped_grad(lambda w, x: jnp.sum(jnp.tanh(x @ w)), method=method)
@@ -188,3 +188,22 @@ def test_rows_that_are_sharded_explicitly_are_refused(method):
         rows = jax.device_put(normal(2, 4, 5), jax.sharding.PartitionSpec("data"))
         with pytest.raises(InputError, match=r"float32\[4@data,5\]"):
             clipped_grad(lambda w, x: jnp.sum(x @ w), 0.5, method)(normal(1, 5, 6), rows, jnp.ones(4, bool))
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_a_loss_may_be_sharded_within(method):
+    """What jax.shard_map binds to is neither a list nor a tuple."""
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def loss(w, x):
+        def part(x, w):
+            return lax.psum(jnp.sum(jnp.sin(x @ w)), "model")
+
+        return jax.shard_map(part, mesh=mesh, in_specs=(spec(), spec(None, "model")), out_specs=spec())(x, w)
+
+    arguments = normal(1, 5, 6), normal(2, 4, 3, 5), jnp.ones(4, bool)
+    out = jax.jit(clipped_grad(loss, 0.5, method))(*arguments)
+    expected = jax.jit(clipped_grad(lambda w, x: jnp.sum(jnp.sin(x @ w)), 0.5, method))(*arguments)
+    np.testing.assert_allclose(out.grad_sum, expected.grad_sum, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(out.norms, expected.norms, rtol=1e-4)

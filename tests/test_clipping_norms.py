@@ -267,6 +267,27 @@ def test_what_is_flushed_from_a_weight_that_is_used_twice_is_in_the_norm(method,
     assert np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= 1 + ROUNDING_SLACK
 
 
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_the_upper_bound_is_finite_where_the_norms_are(method):
+    """Its square of many large cotangents overflowed: the row counted, with nothing."""
+    row = jnp.full((2, 20, 2000), 1e-12, jnp.float32), jnp.full(2, 1e17, jnp.float32)
+    clipped = jax.jit(clipped_grad(lambda w, row: row[1] * jnp.sum(row[0] @ w), 0.7, method))
+    out = clipped(jnp.zeros((2000, 500)), row, jnp.array([True, False]))
+    assert 0.69 < np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= 0.7 * (1 + ROUNDING_SLACK)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_gradients_of_8_bit_parameters_are_rounded_as_the_loss_says(method, dtype):
+    x = jax.random.normal(jax.random.key(1), (4, 3, 5)).astype(dtype)
+    w = jax.random.normal(jax.random.key(2), (5, 6)).astype(dtype)
+    arguments = w, x, jnp.ones(4, bool)
+    loss = lambda w, x: jnp.sum(jnp.sin((x @ w).astype(jnp.float32)))  # noqa: E731
+    out, expected = (jax.jit(clipped_grad(loss, 0.5, name))(*arguments) for name in (method, "materialize"))
+    np.testing.assert_allclose(out.grad_sum, expected.grad_sum, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(out.norms, expected.norms, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
 @pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4, jnp.int2, jnp.float8_e8m0fnu])
 def test_the_smallest_types_are_features_as_any_other(method, dtype):

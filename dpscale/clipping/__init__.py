@@ -59,7 +59,7 @@ def clipped_grad(
     | 0 | any | 0 |
     | inf | finite | the gradient |
     | any | 0 | 0 |
-    | any | NaN, inf, or a norm above 1.8e19 | 0, and `finite` is False |
+    | any | NaN, inf, or a norm above 1.8e19, its own or that of a layer's cotangent | 0, and `finite` is False |
 
     Raises: InputError for an unknown method, a bad bound, or parameters or a mask that do not fit.
     """

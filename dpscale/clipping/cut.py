@@ -151,11 +151,16 @@ class _Walk:
 
 
 def _has_rule(equation: Equation, frames: tuple[Frame, ...] = ()) -> bool:
-    """Whether a bilinear equation is real, makes at least one product, and a row that does not count can be 0 in it."""
+    """Whether a bilinear equation makes at least one product, of floats that `is_cast` may widen, and a row that does
+    not count can be 0 in it."""
     arrays = [*equation.inputs, *equation.outputs]
-    real = not np.issubdtype(np.dtype(equation.outputs[0].dtype), np.complexfloating)
     whole = all(prod(x.shape) for x in arrays) and all(frame.length for frame in frames)
-    return real and whole and all(_has_zero(x.dtype) for x in equation.inputs)
+    return whole and _is_wide(equation.outputs[0].dtype) and all(_has_zero(x.dtype) for x in equation.inputs)
+
+
+def _is_wide(dtype: Any) -> bool:
+    """Whether it is of floats of at least 16 bits."""
+    return jax.numpy.issubdtype(dtype, np.floating) and np.dtype(dtype).itemsize >= 2
 
 
 def _has_zero(dtype: Any) -> bool:
@@ -181,8 +186,7 @@ def is_cast(equation: Equation) -> bool:
     rounding that one may leave out."""
     if equation.operation != "convert_element_type":
         return False
-    dtypes = [np.dtype(x.dtype) for x in (equation.inputs[0], equation.outputs[0]) if isinstance(x, Name)]
-    return all(jax.numpy.issubdtype(dtype, np.floating) and dtype.itemsize >= 2 for dtype in dtypes)
+    return _is_wide(equation.inputs[0].dtype) and _is_wide(equation.outputs[0].dtype)
 
 
 def is_zero(x: Operand) -> bool:

@@ -126,7 +126,8 @@ def _without_unit_axes(eqn: Any) -> Callable[..., Any]:
     """
 
     def apply(*values):
-        return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        return list(out) if eqn.primitive.multiple_results else out  # shard_map's are no list
 
     unit = any(1 in var.aval.shape for var in eqn.invars)
     if unit and eqn.primitive.name == "reduce_sum":

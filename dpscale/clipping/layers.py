@@ -189,7 +189,7 @@ def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Sq
         square = over_parts(square_sum(each, each.ndim - batch_axis(layer) - 1))
         return Squares(square, square), each
     floats = [factor_dtype(x.dtype) for both in pairs for x in both if jnp.issubdtype(x.dtype, jnp.floating)]
-    low = min(floats, key=lambda dtype: dtype.itemsize)
+    low = min(floats, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
     error = delta(sum(rule.sizes.positions for rule in layer.rules), low, uses_tf32())
     if layer.route == "outer":
         assert isinstance(rule, Dense)

@@ -39,7 +39,7 @@ def repaired(problem: Problem, clipped_sum: Callable[[Problem], ClippedSum]) -> 
         return first, size, keep, done, result
 
     zero = (problem.mask[0] & False).astype(jnp.int32)  # inside shard_map it varies as the rows do
-    whole = zero + (1 << (places.size - 1).bit_length())
+    whole = jax.lax.while_loop(lambda size: size < places.size, lambda size: 2 * size, zero + 1)  # export leaves B open
     shapes = jax.eval_shape(lambda: clipped_sum(problem))
     nothing = jax.tree.map(lambda x: jnp.where(zero == 0, *[jnp.zeros(x.shape, x.dtype)] * 2), shapes)
     start = zero, whole, problem.mask, zero != 0, nothing
