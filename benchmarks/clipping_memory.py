@@ -85,18 +85,16 @@ def main() -> None:
     if arguments.table:
         print(table())
         return
-    found: dict[str, dict[str, int]] = {}
     for name in arguments.models:
-        found[name] = {}
+        found = {}
         for method in arguments.methods:
-            found[name][method] = largest(needed_bytes(name, method), int(arguments.gib * 2**30))
-            print(f"{name:12s} {method:12s} {found[name][method]:8,d}", flush=True)
-    if not arguments.no_write:
-        known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        if known.get("gib") == arguments.gib:
-            found = known["rows"] | found
-        about = {"machine": machine(), "device": jax.devices()[0].device_kind, "gib": arguments.gib}
-        RESULT.write_text(json.dumps(about | {"rows": found}, indent=2) + "\n")
+            found[method] = largest(needed_bytes(name, method), int(arguments.gib * 2**30))
+            print(f"{name:12s} {method:12s} {found[method]:8,d}", flush=True)
+        if not arguments.no_write:
+            known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+            rows = known["rows"] if known.get("gib") == arguments.gib else {}
+            about = {"machine": machine(), "device": jax.devices()[0].device_kind, "gib": arguments.gib}
+            RESULT.write_text(json.dumps(about | {"rows": rows | {name: found}}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
