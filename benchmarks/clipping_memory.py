@@ -45,7 +45,6 @@ def largest(needed: Callable[[int], int], limit: int) -> int:
     Bytes are near a constant and a part for each row: the line through the last two sizes says where to look next.
     """
     seen = {rows: needed(rows) for rows in PROBES}
-    fits, too_many = 0, None
     while True:
         fits = max((rows for rows, size in seen.items() if size <= limit), default=0)
         too_many = min((rows for rows, size in seen.items() if size > limit and rows > fits), default=None)
@@ -54,10 +53,9 @@ def largest(needed: Callable[[int], int], limit: int) -> int:
         (a, b), (c, d) = list(seen.items())[-2:]
         slope = (d - b) / (c - a)
         rows = int(a + (limit - b) / slope) if slope > 0 else 2 * max(seen)
-        if too_many is not None:  # towards the other end, if the line leads to a size that was seen
-            rows = min(max(rows, fits + max(1, int(PRECISION * fits))), too_many - 1)
-        else:
-            rows = max(rows, fits + max(1, int(PRECISION * fits)))
+        rows = max(rows, fits + max(1, int(PRECISION * fits)))
+        if too_many is not None:  # between both, wherever the line leads
+            rows = min(rows, too_many - 1)
         seen[rows] = needed(rows)
 
 

@@ -161,7 +161,7 @@ def test_equations_run_under_the_settings_that_the_loss_makes(method):
     """Keys drew other numbers."""
 
     def loss(w, x, key):
-        with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):  # type: ignore[attr-defined]
+        with jax.threefry_partitionable(not jax.config.values["jax_threefry_partitionable"]):
             noise = jax.random.normal(key, x.shape)
         return jnp.sum(jnp.sin((x + noise) @ w))
 

@@ -279,10 +279,12 @@ def test_the_upper_bound_is_finite_where_the_norms_are(method):
 @pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
 def test_gradients_of_8_bit_parameters_are_rounded_as_the_loss_says(method, dtype):
+    def loss(w, x):
+        return jnp.sum(jnp.sin((x @ w).astype(jnp.float32)))
+
     x = jax.random.normal(jax.random.key(1), (4, 3, 5)).astype(dtype)
     w = jax.random.normal(jax.random.key(2), (5, 6)).astype(dtype)
     arguments = w, x, jnp.ones(4, bool)
-    loss = lambda w, x: jnp.sum(jnp.sin((x @ w).astype(jnp.float32)))  # noqa: E731
     out, expected = (jax.jit(clipped_grad(loss, 0.5, name))(*arguments) for name in (method, "materialize"))
     np.testing.assert_allclose(out.grad_sum, expected.grad_sum, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(out.norms, expected.norms, rtol=1e-5)

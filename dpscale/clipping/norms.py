@@ -132,6 +132,7 @@ def from_tables(table_a: jax.Array, table_g: jax.Array, widths: tuple[int, int],
     norms_a = jnp.sqrt(jnp.maximum(_diagonal(table_a), 0) + flushed_a)
     norms_g = jnp.sqrt(jnp.maximum(_diagonal(table_g), 0) + flushed_g)
     spread, sum_a, sum_g = jnp.sum(jnp.stack([norms_a * norms_g, norms_a, norms_g]), axis=-1)
+    # Roots before squares: the square of a sum of huge cotangents alone would overflow.
     flushed = jnp.square(flushed_a**0.5 * sum_g) + jnp.square(flushed_g**0.5 * sum_a)
     upper = jnp.square(jnp.sqrt(ghost + kappa * jnp.square(spread) + flushed) + 2 * delta * spread)
     return Squares(over_parts(ghost), over_parts(upper))
