@@ -39,8 +39,8 @@ def needed_bytes(name: str, method: str) -> Callable[[int], int]:
     return needed
 
 
-def largest(needed: Callable[[int], int], limit: int) -> int:
-    """The largest number of rows whose bytes are within the limit, to within PRECISION; 0 where not one row fits.
+def largest(needed: Callable[[int], int], limit: int, precision: float = PRECISION) -> int:
+    """The largest number of rows whose bytes are within the limit, to within a share; 0 where not one row fits.
 
     Bytes are near a constant and a part for each row: the line through the last two sizes says where to look next.
     """
@@ -48,12 +48,12 @@ def largest(needed: Callable[[int], int], limit: int) -> int:
     while True:
         fits = max((rows for rows, size in seen.items() if size <= limit), default=0)
         too_many = min((rows for rows, size in seen.items() if size > limit and rows > fits), default=None)
-        if too_many is not None and too_many - fits <= max(1, PRECISION * fits):
+        if too_many is not None and too_many - fits <= max(1, precision * fits):
             return fits
         (a, b), (c, d) = list(seen.items())[-2:]
         slope = (d - b) / (c - a)
         rows = int(a + (limit - b) / slope) if slope > 0 else 2 * max(seen)
-        rows = max(rows, fits + max(1, int(PRECISION * fits)))
+        rows = max(rows, fits + max(1, int(precision * fits)))
         if too_many is not None:  # between both, wherever the line leads
             rows = min(rows, too_many - 1)
         seen[rows] = needed(rows)

@@ -156,7 +156,9 @@ def bench(
     chosen = [BASELINE, *(name for name in METHODS if name in methods and name != BASELINE)]
     batch = jax.tree.map(jnp.asarray, made_up_rows(metadata, batch_size))
     keys = jax.random.split(jax.random.key(0), batch_size) if task.uses_key else None
-    costs = compare({name: _step(name, task) for name in chosen}, (_values(task), batch, keys), repeats, [BASELINE])
+    costs = compare(
+        {name: summed_step(name, task) for name in chosen}, (values_of(task), batch, keys), repeats, [BASELINE]
+    )
     return {
         "model": config.model.name,
         "parameters": task.num_parameters,
@@ -170,11 +172,12 @@ def bench(
     }
 
 
-def _values(task: Task) -> tuple[Any, Any]:
+def values_of(task: Task) -> tuple[Any, Any]:
+    """(params, frozen) on the device."""
     return jax.tree.map(jnp.asarray, (task.params, task.frozen))
 
 
-def _step(method: str, task: Task) -> Callable[..., Any]:
+def summed_step(method: str, task: Task) -> Callable[..., Any]:
     """((params, frozen), batch, keys) -> the sum of gradients; frozen weights are arguments, as in a run."""
 
     def step(values, batch, keys):

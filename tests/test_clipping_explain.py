@@ -26,7 +26,27 @@ def test_a_convolution_holds_its_input_and_its_cotangent_and_no_patches():
     clipped = clipped_grad(loss)
     params, batch = jnp.ones((128, 64, 5, 5)), jnp.ones((ROWS, 64, 8, 8))
     (layer,) = clipped.explain(params, batch).layers
-    assert (layer.route, layer.bytes) == ("ghost", ROWS * 8 * 8 * (64 + 128) * 4)
+    assert (layer.route, layer.bytes, layer.sgd_bytes) == ("ghost", *(ROWS * 8 * 8 * n * 4 for n in (64 + 128, 64)))
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_plain_sgd_holds_the_inputs_of_layers_and_no_cotangents(method):
+    """Those that jax.checkpoint makes again it does not hold either."""
+
+    def loss(p, x):
+        h = jnp.sin(x @ p["first"] + p["b"])  # [3, 6]
+        h = jnp.sin(h @ p["left"]) * jnp.sin(h @ p["right"])  # one input for both
+        again = jax.checkpoint(lambda h, w: jnp.sin(jnp.sin(h) @ w))(h, p["remade"])
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.sin(h @ w), None), again, p["stacked"])[0])
+
+    square = jnp.eye(6)
+    params = {"first": jnp.ones((5, 6)), "b": jnp.zeros(6), "left": square, "right": square, "remade": square}
+    params["stacked"] = jnp.ones((4, 6, 6))
+    explained = clipped_grad(loss, method=method).explain(params, jnp.ones((ROWS, 3, 5)))
+    one = ROWS * 3 * 6 * 4
+    sizes = {layer.name.strip("[']"): layer.sgd_bytes for layer in explained.layers}
+    assert sizes == {"b": 0, "first": ROWS * 3 * 5 * 4, "left": one, "remade": 0, "right": 0, "stacked": 4 * one}
+    assert f"{sum(sizes.values()) / 1e3:.3g}kB of inputs" in str(explained)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.bfloat16, 2), (jnp.float32, 4), (jnp.float64, 8)])

@@ -50,7 +50,7 @@ def exact_contributions(method: str, a, g, clip_norm: float):
 @pytest.fixture
 def ghost_only(monkeypatch):
     """Keeps the layer on its ghost route, where the cancellation is."""
-    monkeypatch.setattr(split, "choose_routes", lambda found, refold: found)
+    monkeypatch.setattr(split, "choose_routes", lambda found, *_: found)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])
@@ -234,6 +234,33 @@ def test_what_is_flushed_to_zero_beside_huge_cotangents_is_in_the_norm(method, p
     assert np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= 1e-3 * (1 + ROUNDING_SLACK)
 
 
+@pytest.mark.parametrize("kind", ["dense", "convolution", "scan", "embedding"])
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_tiny_clip_norms_bound_what_is_flushed_when_factors_scale_operands(method, kind):
+    """Of 16 cotangents one is 1, the others add up to -0.9: times a factor of 1e-37 only these are flushed to zero."""
+    width, positions, size = 256, 16, 1.0 if kind == "embedding" else 3e17
+    factor, weights = 1.25e-37, jnp.full(positions, -0.9 / 15).at[0].set(1.0)
+    clip_norm = factor * 0.1 * size * width**0.5 * (2**0.5 if kind == "scan" else 1)
+
+    def loss(w, g):
+        x = jnp.full((positions, width), size / width**0.5)
+        if kind == "convolution":
+            spec = ("NHWC", "HWIO", "NHWC")
+            x = jnp.full((1, 6, 6, width), size / (9 * width) ** 0.5)  # in each window the same
+            y = jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=spec).reshape(positions, width)
+        elif kind == "scan":
+            y = jax.lax.scan(jax.checkpoint(lambda h, layer: (h + x @ layer, None)), 0 * x, w)[0]
+        else:
+            y = w[jnp.zeros(positions, int)] if kind == "embedding" else x @ w
+        return jnp.sum(y * g)
+
+    shape = {"convolution": (3, 3, width, width), "scan": (2, width, width)}.get(kind, (width, width))
+    g = jnp.broadcast_to(weights[:, None], (2, positions, width))
+    out = jax.jit(clipped_grad(loss, clip_norm, method))(jnp.zeros(shape), g, jnp.asarray([True, False]))
+    np.testing.assert_allclose(out.norms[0], clip_norm / factor, rtol=1e-3)
+    assert 0.99 * clip_norm <= np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= clip_norm * (1 + ROUNDING_SLACK)
+
+
 def test_convolutions_and_scans_bound_what_is_flushed_too():
     def convolved(w, example):
         x, g = example
@@ -382,6 +409,20 @@ def test_a_key_that_no_example_decides_may_be_of_any_kind():
         np.testing.assert_allclose(norms, jnp.linalg.norm(x * drawn, axis=1), rtol=1e-5)
 
 
-def test_normalised_factors_beyond_float32_are_refused():
+@pytest.mark.parametrize(("clip_norm", "gamma"), [(1e25, 1e-20), (1.0, 1e-20)])
+def test_normalised_factors_that_would_overflow_are_refused(clip_norm, gamma):
     with pytest.raises(InputError, match="larger gamma"):
-        Normalized(1e25, 1e-20)
+        Normalized(clip_norm, gamma)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
+def test_the_largest_normalised_factor_spoils_nobody_elses_sum(method):
+    """Of a row without any gradient, whose inputs are huge."""
+    x = jnp.array([1e18, 1.0])[:, None, None] * jnp.ones((2, 16, 64))
+    scale = jnp.array([0.0, 1.0])
+    clipped = jax.jit(
+        clipped_grad(lambda w, row: row[1] * jnp.sum(row[0] @ w), method=method, bound=Normalized(1, 2e-19))
+    )
+    out = clipped(jnp.zeros((64, 64)), (x, scale), jnp.ones(2, bool))
+    assert out.finite.all()
+    np.testing.assert_allclose(jnp.linalg.norm(out.grad_sum), 1, rtol=1e-2)

@@ -14,6 +14,9 @@ from dpscale.privacy import sensitivity
 ROUNDING_SLACK = sensitivity.SLACK
 """A contribution's true norm is at most `max_norm * (1 + ROUNDING_SLACK)`: the room that the noise is scaled with."""
 
+MAX_FACTOR = 2.0**63
+"""Times any float32 whose square is finite, still finite."""
+
 
 class Bound(Protocol):
     """How per-example norms become per-example factors."""
@@ -28,7 +31,7 @@ class Bound(Protocol):
         ...
 
     def factors(self, norms: jax.Array) -> jax.Array:
-        """Factors in [0, 1/gamma), f[G, B], from the groups' norms, f[G, B]."""
+        """Factors in [0, MAX_FACTOR], f[G, B], from the groups' norms, f[G, B]."""
         ...
 
 
@@ -140,7 +143,8 @@ class Normalized:
     """Scale every example's gradient to nearly `clip_norm`: C / (norm + gamma), "automatic clipping".
 
     A zero gradient stays zero because gamma > 0. Source: Bu et al. 2022, arXiv 2206.07136, section 4.
-    Raises InputError unless 0 <= clip_norm < inf and 0 < gamma < inf.
+    Raises InputError unless 0 <= clip_norm < inf and 0 < gamma < inf, and clip_norm / gamma <= 2**63: a factor may
+    meet any number of which the square is finite.
     """
 
     clip_norm: float
@@ -152,10 +156,10 @@ class Normalized:
             raise InputError(
                 f"Normalized(clip_norm={self.clip_norm}, gamma={self.gamma}): both must be finite and gamma > 0"
             )
-        if self.clip_norm / self.gamma > float(np.finfo(np.float32).max):
+        if self.clip_norm / self.gamma > MAX_FACTOR:
             raise InputError(
                 f"Normalized(clip_norm={self.clip_norm}, gamma={self.gamma}): factors reach clip_norm / gamma, which "
-                "must be a float32 number: choose a larger gamma"
+                f"must not exceed {MAX_FACTOR:.3g}, or products with them overflow: choose a larger gamma"
             )
 
     @property

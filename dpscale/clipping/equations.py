@@ -135,6 +135,16 @@ def moving_names(program: Program, moving: Iterable[Name]) -> set[Name]:
     return found
 
 
+def names_behind(program: Program, output: Operand) -> set[Name]:
+    """The program's inputs, and all that is made by the equations that lead to `output`; none inside of scans."""
+    behind, live = set(program.inputs), {output}
+    for equation in reversed(program.equations):
+        if live.intersection(equation.outputs):
+            behind.update(equation.outputs)
+            live.update(equation.inputs)
+    return behind
+
+
 def expose(program: Program, outputs: Sequence[Operand]) -> Program:
     """The program with other outputs, which may be names inside the bodies of its scans, and no equation in vain.
 

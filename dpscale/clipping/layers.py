@@ -102,6 +102,12 @@ def _may_be_ghost(layer: Layer) -> bool:
 MEMORY_RATIO = 4
 """Tables may be this many times as large as the gradient that they spare."""
 
+WRITTEN_OUT_BELOW = 2.0**-20
+"""Bounds smaller than this are kept by writing every gradient out. Where factors scale operands instead, what float32
+flushes to zero of them meets the other operand: a contribution may be off by TINY sqrt(width_g) sum_t |a_t|, which
+nothing but the bound's own size outweighs. (Squares must be finite, so |a_t| < 1.9e19: at this bound there is room for
+sqrt(width_g) T = 6e7.) Of a written-out gradient flushing only takes away."""
+
 TOUCH_MACS = {"cpu": 12, "gpu": 40}
 """Multiply-adds in the time that one float32 takes to and from memory. CPU: measured, two cores, 20 to 28 for one
 written and two read. GPU: 33 TMAC/s of float32 against 0.8 Tfloat/s (H100's data sheet)."""
@@ -117,11 +123,14 @@ HELD_SHARE = 2.3
 """Book-keeping may hold written-out gradients of this many times the size of the layers' operands."""
 
 
-def choose_routes(layers: list[Layer], refold: bool) -> list[Layer]:
+def choose_routes(layers: list[Layer], refold: bool, max_norm: float) -> list[Layer]:
     """Writes out a layer's gradients where that takes less time than its tables, as far as memory allows.
 
     `refold` (ghost mode) holds nothing after a layer's sum, so there is no limit, but each norm is taken twice.
+    `max_norm`: the bound's; of a tiny one (`WRITTEN_OUT_BELOW`) all are written out.
     """
+    if 0 < max_norm < WRITTEN_OUT_BELOW:
+        return [replace(layer, route="instantiated") if layer.folds else layer for layer in layers]
     budget = HELD_SHARE * sum(operand_floats(layer) for layer in layers)
     budget -= sum(gradient_floats(layer) for layer in layers if layer.route == "instantiated")
     gains = {j: _gain(layer, refold) for j, layer in enumerate(layers) if layer.route == "ghost"}

@@ -82,18 +82,16 @@ def uses_tf32() -> bool:
 
 
 def gram(x: jax.Array) -> jax.Array:
-    """[..., T, D] -> [..., T, T], dot products in full precision, long ones in blocks."""
-    blocks = [x[..., i : i + BLOCK] for i in range(0, x.shape[-1], BLOCK)] if x.shape[-1] > BLOCK else [x]
-    return functools.reduce(jnp.add, [cross_gram(block, block) for block in blocks])
+    """[..., T, D] -> [..., T, T], as `cross_gram`."""
+    return cross_gram(x, x)
 
 
 def cross_gram(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[..., T, D], [..., S, D] -> [..., T, S]."""
-    return _products("...td,...sd->...ts", x, y)
-
-
-def _products(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return contract(spec, x, y, jax.lax.Precision.HIGHEST)
+    """[..., T, D], [..., S, D] -> [..., T, S], dot products in full precision, long ones in blocks."""
+    starts = range(0, x.shape[-1], BLOCK)
+    pairs = [(x[..., i : i + BLOCK], y[..., i : i + BLOCK]) for i in starts] if len(starts) > 1 else [(x, y)]
+    highest = jax.lax.Precision.HIGHEST
+    return functools.reduce(jnp.add, [contract("...td,...sd->...ts", a, b, highest) for a, b in pairs])
 
 
 def contract(spec: str, x: jax.Array, y: jax.Array, precision: jax.lax.Precision | None = None) -> jax.Array:

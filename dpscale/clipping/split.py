@@ -79,7 +79,7 @@ def split_backward(problem: Problem, method: str) -> Split:
     for name, leaf, gradient in zip(problem.names, problem.leaves, program.outputs[-count:], strict=True):
         found = None if method == "materialize" else cut(program, gradient, moving, program.inputs[:count])
         layers.append(layer_for(name, leaf.shape, found, program, tuple(problem.leaves), method == "ghost"))
-    layers = choose_routes(layers, refold=method == "ghost")
+    layers = choose_routes(layers, method == "ghost", problem.bound.max_norm)
     weights, floats = RowWeights([]), sum(map(operand_floats, layers))
     found = [taken_inside(x, problem.groups[j], weights, floats) for j, x in enumerate(layers) if method == "ghost"]
     inside = {j: x for j, x in enumerate(found) if x is not None}
