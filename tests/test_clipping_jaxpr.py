@@ -182,12 +182,30 @@ def test_nothing_rests_on_ranks_that_are_promoted(method):
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
-def test_rows_that_are_sharded_explicitly_are_refused(method):
-    kinds = (jax.sharding.AxisType.Explicit,)
+def test_what_is_sharded_explicitly_is_refused(method):
+    spec, kinds = jax.sharding.PartitionSpec, (jax.sharding.AxisType.Explicit,)
+    clipped, mask = clipped_grad(lambda w, x: jnp.sum(x @ w), 0.5, method), jnp.ones(4, bool)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=kinds, devices=jax.devices()[:2])):
-        rows = jax.device_put(normal(2, 4, 5), jax.sharding.PartitionSpec("data"))
+        rows, weight = normal(2, 4, 5), normal(1, 5, 6)
         with pytest.raises(InputError, match=r"float32\[4@data,5\]"):
-            clipped_grad(lambda w, x: jnp.sum(x @ w), 0.5, method)(normal(1, 5, 6), rows, jnp.ones(4, bool))
+            clipped(weight, jax.device_put(rows, spec("data")), mask)
+        with pytest.raises(InputError, match=r"float32\[5,6@data\]"):
+            clipped(jax.device_put(weight, spec(None, "data")), rows, mask)
+        assert clipped(weight, rows, mask).finite.all()
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost", "materialize"])
+@pytest.mark.parametrize("axes", [("model",), (None, "model")])
+def test_weights_may_be_sharded_automatically(method, axes):
+    kinds, weight, rows = (jax.sharding.AxisType.Auto,), normal(1, 6, 8), normal(2, 4, 3, 6)
+    clipped = jax.jit(clipped_grad(lambda w, x: jnp.sum(jnp.sin(x @ w)), 0.5, method))
+    expected = clipped(weight, rows, jnp.arange(4) != 1)
+    with jax.set_mesh(jax.make_mesh((2,), ("model",), axis_types=kinds, devices=jax.devices()[:2])):
+        placed = jax.device_put(weight, jax.sharding.PartitionSpec(*axes))
+        out = clipped(placed, rows, jnp.arange(4) != 1)
+    assert len(placed.sharding.device_set) == 2
+    np.testing.assert_allclose(out.grad_sum, expected.grad_sum, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out.norms, expected.norms, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "ghost"])

@@ -110,6 +110,7 @@ class ClippedGrad:
     def _problem(self, params: Any, batch: Any, mask: Any, keys: Any) -> tuple[Problem, list[int]]:
         params, batch, mask, keys = _vary_alike((params, batch, jnp.asarray(mask), keys))
         _check_rows(batch, mask, keys)
+        _check_sharding((params, batch, mask, keys))
         flat, treedef = jax.tree.flatten(params)
         flat = [jnp.asarray(leaf) for leaf in flat]
         groups = self.bound.groups(params)
@@ -165,11 +166,15 @@ def _check_rows(batch: Any, mask: jax.Array, keys: Any) -> None:
                 f"{'keys' if path[0].idx else 'batch'}{jax.tree_util.keystr(path[1:])} has shape {jnp.shape(x)} "
                 f"and the mask {mask.shape}: every leaf needs the same leading axis B"
             )
-    for x in jax.tree.leaves((batch, mask, keys)):
-        if tuple(jax.typeof(x).sharding.spec)[:1] not in ((), (None,)):
+
+
+def _check_sharding(arguments: Any) -> None:
+    for x in jax.tree.leaves(arguments):
+        if any(axes is not None for axes in jax.typeof(x).sharding.spec):
             raise InputError(
-                f"rows are sharded explicitly ({jax.typeof(x)}): sums over rows are those of one device: take them "
-                "inside of jax.shard_map and add them up by psum, or use a mesh of AxisType.Auto"
+                f"an array is sharded explicitly ({jax.typeof(x)}): which products that allows is not for a loss's "
+                "rewritten backward pass to know: use a mesh of AxisType.Auto, or shard rows by jax.shard_map and add "
+                "the sums up by psum"
             )
 
 
