@@ -8,7 +8,7 @@
    Ghost: the same pass again, once the factors are known; nothing is kept between the two but norms (`sum_again`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,9 +31,11 @@ from dpscale.clipping.layers import (
     measure,
     measure_in_slices,
     operand_floats,
+    square_of,
     sum_factors,
     sum_within,
     sum_written_out,
+    written_out,
 )
 from dpscale.clipping.norms import Squares, square_sum
 from dpscale.clipping.repair import repaired
@@ -71,30 +73,28 @@ class Measured:
     factors: list[jax.Array]
     finite: jax.Array
     good: jax.Array
-    each: list[jax.Array | None]
+    each: dict[int, jax.Array]
     allowed: dict[int, jax.Array]
     group_norms: jax.Array | None
 
 
 def measure_rows(parts: Split, problem: Problem, rows: Evaluated) -> Measured:
     """Everything that decides the factors. A row's numbers meet no other row's."""
-    values, once = layer_values(parts, rows), None if parts.method == "ghost" else problem.mask
-    squares, each = dict[int, Squares](), list[jax.Array | None]([None] * len(parts.layers))
+    values, ghost = layer_values(parts, rows), parts.method == "ghost"
+    squares, each = dict[int, Squares](), {} if ghost else _gradients(parts, values, problem.mask)
     for places in bundles(parts, problem):
         first = places[0]  # stands for the bundle
         layer, value = parts.layers[first], values[first]
         if isinstance(value, Squares):
             squares[first] = value
-        elif layer.rules and once is None:
-            squares[first] = measure_in_slices(layer, value, room(parts))
+        elif layer.rules and first in each:
+            squares[first] = square_of(layer, each[first])
         elif layer.rules:
-            squares[first], each[first] = measure(layer, value, once)
+            squares[first] = measure_in_slices(layer, value, room(parts)) if ghost else measure(layer, value)
         else:
-            written = _written(parts, places, values, once)
+            written = _wide(parts, places, values) | {j: each[j] for j in places if j in each}
             squares[first] = Squares(*[_joint_square(list(written.values()))] * 2)
-            for j in written.keys() - parts.views:  # a view is made again, of what is summed
-                each[j] = written[j]
-    if once is None:  # what the second pass keeps to must be what the factors are made of
+    if ghost:  # what the second pass keeps to must be what the factors are made of
         squares = held(squares, problem.mask)
     estimates, allowed = {j: x.estimate for j, x in squares.items()}, {j: x.upper for j, x in squares.items()}
     norms, factors = clip_factors(problem, estimates, allowed)
@@ -111,14 +111,19 @@ def room(parts: Split) -> float:
     return UNSLICED_SHARE * sum(map(operand_floats, parts.layers))
 
 
-def _written(parts: Split, places: Sequence[int], values: list[Any], once: jax.Array | None) -> dict[int, jax.Array]:
-    """The gradients that the program itself writes out, of those of `places` that have no rules; at least float32.
+def _gradients(parts: Split, values: list[Any], mask: jax.Array) -> dict[int, jax.Array]:
+    """All gradients that book-keeping writes out, held by one loop: each loop takes the compiler some 30 ms.
 
-    `once`: bool[B], for `held`; None where nothing is summed of them.
+    Without views: they are made again, of what is summed.
     """
-    wide = {j: values[j].astype(sum_dtype(values[j].dtype)) for j in places if not parts.layers[j].rules}
-    computed = {j: x for j, x in wide.items() if j not in parts.views}
-    return wide if once is None or not computed else wide | held(computed, once)
+    each = _wide(parts, [j for j in range(len(parts.layers)) if j not in parts.views], values)
+    each |= {j: written_out(x, values[j]) for j, x in enumerate(parts.layers) if x.route == "instantiated"}
+    return held(each, mask)
+
+
+def _wide(parts: Split, places: Iterable[int], values: list[Any]) -> dict[int, jax.Array]:
+    """The gradients that the program itself writes out, of those of `places` that have no rules; at least float32."""
+    return {j: values[j].astype(sum_dtype(values[j].dtype)) for j in places if not parts.layers[j].rules}
 
 
 def _joint_square(each: list[jax.Array]) -> jax.Array:
@@ -146,9 +151,7 @@ def _sum_of(parts: Split, problem: Problem) -> ClippedSum:
 def sum_rows(parts: Split, problem: Problem, found: Measured, rows: Evaluated) -> list[jax.Array]:
     """Book-keeping: every leaf's clipped sum from its gradients where they were written out, else from its operands."""
     values = layer_values(parts, without_bad_rows(parts, rows, found.good))
-    missing = [j for j, x in enumerate(found.each) if x is None]
-    each = {j: x for j, x in enumerate(found.each) if x is not None}
-    each |= _written(parts, missing, values, found.good)
+    each = found.each | _wide(parts, sorted(parts.views), values)
     places, layers = list(each), [parts.layers[j] for j in each]
     groups = [problem.groups[j] for j in places]
     sums = dict(zip(places, sum_written_out(layers, list(each.values()), found.factors, groups), strict=True))
@@ -184,7 +187,8 @@ def sum_again(parts: Split, problem: Problem, found: Measured, rows: Evaluated) 
             elif layer.rules:
                 sums[first] = sum_within(layer, value, factor, found.allowed[first], room(parts))
             else:
-                written = _written(parts, places, values, found.good)
+                written = _wide(parts, places, values)
+                written |= held({j: x for j, x in written.items() if j not in parts.views}, found.good)
                 square = _joint_square(list(written.values()))
                 size = sum(problem.leaves[j].size for j in written)
                 weight = capped(factor, found.allowed[first], square, size)

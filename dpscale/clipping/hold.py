@@ -22,6 +22,8 @@ def held(tree: Tree, mask: jax.Array) -> Tree:
     that (cpu_compiler.cc, "OptimizationBarrierExpander"), but it makes what a loop carries before the loop begins, and
     in place: a loop that never runs a round, which only the running program knows, costs neither time nor memory.
     """
+    if not jax.tree.leaves(tree):
+        return tree
     return jax.lax.platform_dependent(
         tree, mask, cpu=_carried, default=lambda tree, _: jax.lax.optimization_barrier(tree)
     )

@@ -184,31 +184,29 @@ def _together(rules: tuple[Rule, ...]) -> bool:
 Pair = tuple[jax.Array, jax.Array]
 
 
-def measure(layer: Layer, pairs: list[Pair], mask: jax.Array | None) -> tuple[Squares, jax.Array | None]:
-    """Squared norms f[B], and the written-out gradients where the route makes them.
+def square_of(layer: Layer, each: jax.Array) -> Squares:
+    """Squared norms f[B] of gradients as `written_out` makes them."""
+    square = over_parts(square_sum(each, each.ndim - batch_axis(layer) - 1))
+    return Squares(square, square)
 
-    `pairs`: the operands of each rule, [scans.., B, own axes..]. `mask`: bool[B], for `held`; None where no sum will be
-    taken from what is written out.
-    """
+
+def measure(layer: Layer, pairs: list[Pair]) -> Squares:
+    """Squared norms f[B]; `pairs`: the operands of each rule, [scans.., B, own axes..]."""
     rule, pair = layer.rules[0], pairs[0]
     if layer.route == "instantiated":
-        each = written_out(layer, pairs)
-        if mask is not None:
-            each = held(each, mask)
-        square = over_parts(square_sum(each, each.ndim - batch_axis(layer) - 1))
-        return Squares(square, square), each
+        return square_of(layer, written_out(layer, pairs))
     floats = [factor_dtype(x.dtype) for both in pairs for x in both if jnp.issubdtype(x.dtype, jnp.floating)]
     low = min(floats, key=lambda dtype: dtype.itemsize, default=jnp.dtype(jnp.float32))
     error = delta(sum(rule.sizes.positions for rule in layer.rules), low, uses_tf32())
     if layer.route == "outer":
         assert isinstance(rule, Dense)
         square, most = rule.outer_squares(*pair)
-        return Squares(square, most * (1 + 2 * error) ** 2), None
+        return Squares(square, most * (1 + 2 * error) ** 2)
     tables = rule.tables(*pair) if len(pairs) == 1 else _shared_tables(layer.rules, pairs)
     widths = rule.sizes.width_a, rule.sizes.width_g
     if len(pairs) > 1 and not _begins_with_a(rule):
         widths = widths[1], widths[0]
-    return from_tables(*tables, widths, kappa(*widths, low), error), None
+    return from_tables(*tables, widths, kappa(*widths, low), error)
 
 
 def measure_in_slices(layer: Layer, pairs: list[Pair], room: float) -> Squares:
@@ -216,8 +214,8 @@ def measure_in_slices(layer: Layer, pairs: list[Pair], room: float) -> Squares:
     bounds the memory."""
     count = _slices(layer, pairs, room)
     if count == 1:
-        return measure(layer, pairs, None)[0]
-    squares = jax.lax.map(lambda k: measure(layer, _slice(layer, pairs, k, count), None)[0], jnp.arange(count))
+        return measure(layer, pairs)
+    squares = jax.lax.map(lambda k: measure(layer, _slice(layer, pairs, k, count)), jnp.arange(count))
     return jax.tree.map(jnp.ravel, squares)
 
 
@@ -233,9 +231,8 @@ def sum_within(layer: Layer, pairs: list[Pair], factor: jax.Array, allowed: jax.
     count = _slices(layer, pairs, room)
 
     def sum_of(pairs: list[Pair], factor: jax.Array, allowed: jax.Array, onto: list[jax.Array] | None = None):
-        squares, each = measure(layer, pairs, factor != 0)
-        assert each is not None
-        weights = capped(factor, allowed, squares.upper, gradient_floats(layer))
+        each = held(written_out(layer, pairs), factor != 0)
+        weights = capped(factor, allowed, square_of(layer, each).upper, gradient_floats(layer))
         return row_sums([each], [batch_axis(layer)], [weights], [0], onto)
 
     def add(k, total):
