@@ -61,8 +61,8 @@ def show(result: dict[str, Any]) -> None:
 
 def table(names: list[str]) -> str:
     """README's table of the results that there are. Opacus is compared with PyTorch's own plain step."""
-    lines = ["| model, batch | auto: time | memory | ghost: time | memory | jax_privacy | Opacus hooks, ghost |"]
-    lines.append("| --- " * 7 + "|")
+    head = "model, batch | auto: time | memory | ghost: time | memory | materialize | jax_privacy | Opacus hooks, ghost"
+    lines = [f"| {head} |", "| --- " * 8 + "|"]
     for name in names:
         path, peer = RESULTS / f"clipping-{name}.json", RESULTS / f"clipping-opacus-{name}.json"
         if path.exists():
@@ -71,7 +71,7 @@ def table(names: list[str]) -> str:
             cells = [f"{name}, {result['batch']}"]
             for method in ("auto", "ghost"):
                 cells += [_times(seen.get(method, {}), key) for key in ("times_sgd", "memory_of_sgd")]
-            cells.append(_times(seen.get("jax_privacy", {}), "times_sgd"))
+            cells += [_times(seen.get(method, {}), "times_sgd") for method in ("materialize", "jax_privacy")]
             torch = json.loads(peer.read_text())["methods"] if peer.exists() else {}
             cells.append(", ".join(_times(torch.get(method, {}), "times_sgd") for method in ("hooks", "ghost")))
             lines.append("| " + " | ".join(cells) + " |")

@@ -66,8 +66,9 @@ def bundles(parts: Split, problem: Problem) -> list[list[int]]:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Norms f[B], factors f[B] of each clip group (0 where a row counts as nothing), flags bool[B]; of each leaf what
-    was written out, if it was; of each bundle's first leaf the squared norm f[B] that the factors are made for."""
+    """Norms f[B], factors f[B] of each clip group (0 where a row counts as nothing), flags bool[B]; `each`: gradients
+    that were written out, by their leaf's number; `allowed`: of each bundle's first leaf the squared norm f[B] that the
+    factors are made for."""
 
     norms: jax.Array
     factors: list[jax.Array]
@@ -112,10 +113,7 @@ def room(parts: Split) -> float:
 
 
 def _gradients(parts: Split, values: list[Any], mask: jax.Array) -> dict[int, jax.Array]:
-    """All gradients that book-keeping writes out, held by one loop: each loop takes the compiler some 30 ms.
-
-    Without views: they are made again, of what is summed.
-    """
+    """All gradients that book-keeping writes out, held. Without views: they are made again, of what is summed."""
     each = _wide(parts, [j for j in range(len(parts.layers)) if j not in parts.views], values)
     each |= {j: written_out(x, values[j]) for j, x in enumerate(parts.layers) if x.route == "instantiated"}
     return held(each, mask)

@@ -15,7 +15,8 @@ Let u be the unit roundoff of the sums and S = sum_t |a_t||g_t|.
   that the contribution is at most C even where e cancels to nothing.
 * A product below the smallest normal number may be flushed to zero, so a dot product of length n hides up to n TINY. A
   tiny a may meet a huge g: so |a_t|^2 counts as D TINY more, |g_t|^2 as P TINY more, and the tables' product as
-  D TINY (sum_t |g_t|)^2 + P TINY (sum_t |a_t|)^2 more.
+  D TINY (sum_t |g_t|)^2 + P TINY (sum_t |a_t|)^2 more. (What is flushed of a factor times g_t is beside any bound but a
+  tiny one: `layers.WRITTEN_OUT_BELOW`.)
 Where the example's gradient is written out and that very array is scaled and summed, none of these is needed.
 """
 
