@@ -12,6 +12,7 @@ from dpscale.clipping.example import (
     sum_dtype,
 )
 from dpscale.clipping.hold import held
+from dpscale.clipping.norms import square_sum
 from dpscale.clipping.repair import repaired
 
 
@@ -27,7 +28,7 @@ def _clip_and_sum(problem: Problem) -> ClippedSum:
 
     losses, aux, grads = jax.vmap(one)(problem.rows)
     grads = [held(grad, problem.mask) for grad in grads]
-    squares = {j: jnp.sum(jnp.square(grad), axis=tuple(range(1, grad.ndim))) for j, grad in enumerate(grads)}
+    squares = {j: square_sum(grad, grad.ndim - 1) for j, grad in enumerate(grads)}
     norms, factors = clip_factors(problem, squares)
     by_group = group_norms(problem, squares)
     finite = jnp.isfinite(losses) & jnp.isfinite(norms)
