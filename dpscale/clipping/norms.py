@@ -32,6 +32,8 @@ from dpscale.clipping.example import sum_dtype
 
 BLOCK = 1024
 WINDOW = 32
+"""So many numbers are added up one after the other in each node of a `tree_sum`."""
+
 TREE_DEPTH = 6 * (WINDOW - 1)
 """Additions in a row in a `tree_sum` of a T x T table with T up to 32^3."""
 TINY = float(np.finfo(np.float32).tiny)
