@@ -56,8 +56,11 @@ def measure(
 
             rows[method] = largest(needed, limit, precision=0.1)
             if rows[method]:
-                given, compiled = arguments(rows[method]), program.lower(*arguments(rows[method])).compile()
+                given = arguments(rows[method])
+                compiled = program.lower(*given).compile()
                 calls[method] = lambda compiled=compiled, given=given: jax.block_until_ready(compiled(*given))
+        if not rows[BASELINE]:
+            raise SystemExit(f"not one row of {model}'s plain step fits into {limit:,} bytes: give more by --gib")
         seconds = {method: statistics.median(times) for method, times in in_turn(calls, repeats).items()}
     rates = {method: rows[method] / seconds[method] if method in seconds else 0.0 for method in methods}
     return {

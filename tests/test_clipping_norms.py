@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpscale.clipping import ROUNDING_SLACK, Normalized, clipped_grad, layers, split
+from dpscale.clipping import ROUNDING_SLACK, Normalized, clipped_grad, layers, norms, split
 from dpscale.errors import InputError
 
 POSITIONS, INPUTS, OUTPUTS = 64, 96, 96
@@ -272,6 +272,16 @@ def test_norms_of_many_equal_numbers_are_not_too_small(method, shape):
         out = clipped(jnp.zeros(shape), jnp.full(2, value), jnp.asarray([True, False]))
         np.testing.assert_allclose(out.norms[0], value * np.prod(shape) ** 0.5, rtol=4e-6)
         assert np.linalg.norm(np.asarray(out.grad_sum, np.float64)) <= 1 + ROUNDING_SLACK
+
+
+@pytest.mark.parametrize("width", [norms.BLOCK, 2 * norms.BLOCK + 500])
+def test_long_dot_products_between_positions_are_made_in_blocks_that_lose_nothing(width):
+    x, y = (np.random.default_rng(seed).standard_normal((2, length, width)) for seed, length in ((1, 3), (2, 5)))
+    x, y = x.astype(np.float32).astype(np.float64), y.astype(np.float32).astype(np.float64)
+    table = jax.jit(norms.cross_gram)(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    lengths = np.linalg.norm(x, axis=-1)[:, :, None] * np.linalg.norm(y, axis=-1)[:, None, :]
+    error = np.abs(np.asarray(table, np.float64) - x @ np.swapaxes(y, 1, 2))
+    np.testing.assert_array_less(error, norms.effective_length(width) * norms.roundoff(np.float32) * lengths)
 
 
 @pytest.mark.parametrize("route", ["ghost", "instantiated"])

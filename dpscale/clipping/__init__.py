@@ -172,9 +172,9 @@ def _check_sharding(arguments: Any) -> None:
     for x in jax.tree.leaves(arguments):
         if any(axes is not None for axes in jax.typeof(x).sharding.spec):
             raise InputError(
-                f"an array is sharded explicitly ({jax.typeof(x)}): which products that allows is not for a loss's "
-                "rewritten backward pass to know: use a mesh of AxisType.Auto, or shard rows by jax.shard_map and add "
-                "the sums up by psum"
+                f"an array is sharded explicitly ({jax.typeof(x)}): products of the rewritten backward pass would need "
+                "shardings that the loss does not name: use a mesh of AxisType.Auto, or shard rows by jax.shard_map "
+                "and add the sums up by psum"
             )
 
 
